@@ -1,0 +1,88 @@
+"""The whole method on the digits, through the public scripts: what `make demo` runs.
+
+Trains the denoiser, distils it, samples both with 1, 2, 5, 10 and 20 steps, scores and draws.  Prints each command before
+running it, and at the end the pixel FID table, the time and memory spent, and where the pictures are.  Starts afresh each
+time; `--objective semigroup` distils with the other objective, into a folder of its own.
+"""
+
+import argparse
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = (1, 2, 5, 10, 20)
+END_SEED = 1999  # 2,000 images against the 1,797 digits
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="logs/demo", help="folder for everything (default: logs/demo); emptied first")
+    parser.add_argument("--objective", default="trajectory", choices=("trajectory", "semigroup"), help="of stage 2")
+    parser.add_argument("--train_steps", type=int, help="of stage 2 (default: by preset)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training runs (default: 0)")
+    options = parser.parse_args()
+    work, begun, spent = options.workdir, time.perf_counter(), []
+    shutil.rmtree(ROOT / work, ignore_errors=True)
+
+    def run(*command):
+        print("\n$ python " + " ".join(map(str, command)), flush=True)
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(done.returncode)
+        spent.append((command[0], time.perf_counter() - start))
+        print(done.stdout.strip(), flush=True)
+        return done.stdout.split()[-1]
+
+    seed = ("--seed", options.seed)
+    longer = ("--train_steps", options.train_steps) if options.train_steps else ()
+    checkpoints = {}
+    checkpoints["denoiser"] = run(
+        "train.py", "--data_name", "digits", "--mode", "denoiser", "--workdir", f"{work}/denoiser", *seed
+    )
+    checkpoints["characteristic"] = run(
+        *("train.py", "--data_name", "digits", "--mode", "characteristic", "--teacher", checkpoints["denoiser"]),
+        *("--objective", options.objective, "--workdir", f"{work}/characteristic", *seed, *longer),
+    )
+    reference = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", f"{work}/digits.npz")
+    scores = {}
+    for mode, checkpoint in checkpoints.items():
+        for steps in STEPS:
+            folder = f"{work}/images/{mode}-{steps}"
+            run(
+                *("eval.py", "--mode", mode, "--checkpoint", checkpoint, "--workdir", folder),
+                *("--start_seed", 0, "--end_seed", END_SEED, "--num_steps", steps),
+            )
+            score = run(
+                *("fid.py", "--mode", "fid", "--ref_path", reference, "--img_folder", folder, "--csv", f"{work}/stats.csv")
+            )
+            scores[mode, steps] = float(score)
+    run("teaser.py", "--mode", "characteristic", "--checkpoint", checkpoints["characteristic"], "--num_steps", 1)
+    run(
+        *("teaser.py", "--mode", "denoiser", "--checkpoint", checkpoints["denoiser"], "--trajectory", "--nsampling", 8),
+        *("--dest", f"{work}/denoiser/trajectory.png"),
+    )
+    run(
+        *("compare.py", "--denoiser", checkpoints["denoiser"], "--characteristic", checkpoints["characteristic"]),
+        *("--dest", f"{work}/compare.png", "--ref_path", reference, "--images", f"{work}/images"),
+    )
+
+    print(f"\nPixel FID of {END_SEED + 1} images against the 1,797 digits, by network evaluations (lower is better):\n")
+    print("| NFE |" + "".join(f" {steps} |" for steps in STEPS) + "\n|---|" + "---|" * len(STEPS))
+    for mode, title in (("denoiser", "denoiser, ODE (deis)"), ("characteristic", "flow map")):
+        print(f"| {title} |" + "".join(f" {scores[mode, steps]:.3f} |" for steps in STEPS))
+    one, twenty = scores["characteristic", 1], scores["denoiser", 20]
+    print(f"\nOne evaluation of the flow map scores {one / twenty:.2f} times its teacher's twenty,")
+    print(f"and its teacher's one {scores['denoiser', 1] / one:.0f} times that.")
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    stages = ", ".join(f"stage {i} {seconds:.0f} s" for i, (_, seconds) in enumerate(spent[:2], 1))
+    print(f"Took {time.perf_counter() - begun:.0f} s ({stages}); peak memory {memory:.2f} GB.")
+    print(f"Pictures: {work}/compare.png  {work}/compare-fid.png  {Path(checkpoints['characteristic']).parent}/samples/")
+
+
+if __name__ == "__main__":
+    main()

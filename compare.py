@@ -1,0 +1,155 @@
+"""Draw ODE against flow map: same seeds, 1, 2, 5, 10 and 20 steps, side by side; with --ref_path, their pixel FID curves.
+
+  python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png
+  python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png --ref_path stats/digits.npz --end_seed 1999
+
+The picture's rows are seeds, its two blocks the denoiser's ODE and the flow map.  The curves go to compare-fid.png and
+compare-fid.csv, beside the picture.
+"""
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import defaults
+import dist_util
+import misc
+from defaults import setting
+from dist_util import UserError
+
+TITLES = {"denoiser": "denoiser, ODE", "characteristic": "flow map"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """comparison"""
+
+    denoiser: str | None = setting(None, "checkpoint of the denoiser")
+    characteristic: str | None = setting(None, "checkpoint of the flow map")
+    dest: str = setting("compare.png", "PNG file for the picture")
+    num_steps: tuple[int, ...] = setting((1, 2, 5, 10, 20), "numbers of steps to compare")
+    nsampling: int = setting(8, "rows of the picture: seeds from 0")
+    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for the curves")
+    end_seed: int = setting(1999, "last seed, included, of the images scored for the curves")
+    images: str | None = setting(
+        None, "folder with the images of eval.py in folders {mode}-{steps}, to score those instead of making them again"
+    )
+
+
+def with_steps(trained, steps):
+    sampling = replace(trained.config.sampling, num_steps=steps)
+    return replace(trained, config=replace(trained.config, sampling=sampling))
+
+
+def draw_images(models, run):
+    """The picture: rows are seeds, columns numbers of evaluations, a block for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, columns = run.nsampling, len(run.num_steps)
+    fig, axes = plt.subplots(1, 2, figsize=(1.6 + 1.2 * columns, 0.8 + 0.6 * rows), layout="constrained")
+    for ax, (mode, trained) in zip(axes, models.items()):
+        blocks, evaluations = [], []
+        for steps in run.num_steps:
+            model = with_steps(trained, steps)
+            blocks.append(torch.cat([images for _, images in misc.generate(model, range(rows), f"{mode}, {steps} steps")]))
+            evaluations.append(misc.nfe(model.config))
+        images = torch.stack(blocks, 1)  # (rows, columns, C, H, W)
+        _, _, channels, height, width = images.shape
+        picture = images.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+        ax.imshow(
+            picture.expand(-1, -1, 3) if channels == 1 else picture, extent=(0, columns, rows, 0), interpolation="nearest"
+        )
+        ax.set(title=TITLES[mode], xlabel="network evaluations", ylabel="seed", aspect="equal")
+        ax.set_xticks([i + 0.5 for i in range(columns)], evaluations)
+        ax.set_yticks([i + 0.5 for i in range(rows)], range(rows))
+        ax.tick_params(length=0)
+        for i in range(1, columns):
+            ax.axvline(i, color="white", lw=1)
+        for i in range(1, rows):
+            ax.axhline(i, color="white", lw=1)
+    with misc.atomic(run.dest) as temporary:
+        fig.savefig(temporary, dpi=150, format="png")
+    plt.close(fig)
+
+
+def image_statistics(trained, mode, steps, run):
+    """(n, mu, sigma) of the images of a model with so many steps, sampled here or found in --images."""
+    if run.images is None:
+        seeds = range(run.end_seed + 1)
+        images = torch.cat([images for _, images in misc.generate(with_steps(trained, steps), seeds, f"{mode}, {steps} steps")])
+        return misc.statistics(misc.MemoryImages(images, torch.zeros(len(images))))
+    folder = Path(run.images) / f"{mode}-{steps}"
+    n, mu, sigma, metadata = misc.folder_statistics(folder)
+    made_by = metadata["made_by"]
+    sampling = defaults.to_dict(with_steps(trained, steps).config)["sampling"]
+    sampling.pop("eval_bsz")
+    found = made_by.get("config", {}).get("sampling", {})
+    different = [k for k in sampling if found.get(k) != sampling[k]]
+    if made_by.get("sha256") != misc.file_hash(trained.path) or different:
+        raise UserError(
+            f"{folder} was made from another checkpoint or with other {', '.join(different) or 'weights'}: make it again"
+        )
+    return n, mu, sigma
+
+
+def draw_curves(models, run):
+    """The pixel FID of both models against evaluations: a picture and a CSV file."""
+    import matplotlib.pyplot as plt
+
+    mu_ref, sigma_ref, _ = misc.read_statistics(run.ref_path)
+    rows = []
+    for mode, trained in models.items():
+        for steps in run.num_steps:
+            n, mu, sigma = image_statistics(trained, mode, steps, run)
+            if mu.shape != mu_ref.shape:
+                raise UserError(f"{run.ref_path} has {len(mu_ref)} features, the images {len(mu)}: it is of another data set")
+            value = misc.frechet_distance(mu_ref, sigma_ref, mu, sigma)
+            rows.append({"mode": mode, "nfe": misc.nfe(with_steps(trained, steps).config), "n": n, "pixel_fid": f"{value:.4f}"})
+    stem = Path(run.dest).with_suffix("")
+    with misc.atomic(f"{stem}-fid.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    fig, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for mode in models:
+        mine = [row for row in rows if row["mode"] == mode]
+        ax.plot([row["nfe"] for row in mine], [float(row["pixel_fid"]) for row in mine], "o-", label=TITLES[mode])
+    ax.set(xlabel="network evaluations", ylabel=f"pixel FID, {rows[0]['n']} images", xscale="log", yscale="log")
+    ax.set_xticks([row["nfe"] for row in mine], [row["nfe"] for row in mine], minor=False)
+    ax.minorticks_off()
+    ax.legend()
+    with misc.atomic(f"{stem}-fid.png") as temporary:
+        fig.savefig(temporary, dpi=150, format="png")
+    plt.close(fig)
+    return [f"{stem}-fid.png", f"{stem}-fid.csv"]
+
+
+def main():
+    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__)
+    defaults.required(run, "denoiser", "characteristic")
+    if not run.num_steps or min(run.num_steps) < 1 or run.nsampling < 1 or run.end_seed < 1:
+        raise UserError("--num_steps takes numbers from 1, --nsampling and --end_seed are at least 1")
+    with dist_util.session() as device:
+        if dist_util.world_size() > 1:
+            raise UserError(
+                "compare.py runs with python, not with torchrun; let torchrun eval.py make the images, see --images"
+            )
+        models = {}
+        for mode in ("denoiser", "characteristic"):
+            models[mode] = misc.load_model(getattr(run, mode), flags, device)
+            if models[mode].config.task.mode != mode:
+                raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
+        if models["denoiser"].mean.shape != models["characteristic"].mean.shape:
+            raise UserError("the two checkpoints make images of different shapes")
+        draw_images(models, run)
+        for path in [run.dest] + (draw_curves(models, run) if run.ref_path else []):
+            print(path)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

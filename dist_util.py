@@ -1,0 +1,102 @@
+"""Running on one process or many: under torchrun (NCCL on GPUs, gloo on CPUs), or with plain `python`.
+
+Every function works in both cases; without torchrun there is one rank, number 0.
+"""
+
+import datetime
+import os
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake of the user's; its text says what is wrong and how to mend it, in one line."""
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def session():
+    """Join the other ranks, if any; gives the torch.device of this rank."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launch(main):
+    """Run a script's main(); a UserError, which all ranks raise together, becomes one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of stdout went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def gather(value):
+    """List of every rank's (picklable) value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(function):
+    """function() on every rank; if it raised UserError on any, that error (of the lowest rank) on all of them."""
+    result, message = None, None
+    try:
+        result = function()
+    except UserError as error:
+        message = str(error)
+    for other in gather(message):
+        if other is not None:
+            raise UserError(other)
+    return result
+
+
+def on_first_rank(function):
+    """function() on rank 0 alone while the others wait; its UserError is everybody's.  Returns its value to rank 0."""
+    return agree(function if rank() == 0 else lambda: None)
+
+
+def sum_over_ranks(tensor):
+    """Elementwise sum of the ranks' tensors, on the tensor's device."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def average_gradients(parameters):
+    """Replace each gradient by its mean over the ranks, in one message."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in parameters]
+    flat = sum_over_ranks(torch.cat([g.flatten() for g in grads])) / world_size()
+    torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])

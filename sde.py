@@ -1,0 +1,270 @@
+"""The mathematics: interpolant, transport, preconditioning, grids, steps, samplers and losses.
+
+Pure functions on tensors.  Nothing here reads a file, an options object or a random number generator: noise arrives as an
+argument.  `t = 0` is data and `t = 1` is noise (arXiv 2405.05512, section 2):
+
+    Xt = alpha(t) X0 + beta(t) Z,   alpha(t) = 1 - t,   beta(t) = sqrt(t (2 - t)),   alpha^2 + beta^2 = 1
+
+Shapes: images `x` and denoised images `d` are (B, ...); times `t`, `s` are (B,) tensors or 0-d tensors; a coefficient has
+the shape of its time.  `denoise(x, t)` is the denoiser E[X0 | Xt = x]; `flow_map(x, t, s)` carries x from time t to time s.
+Coefficients are computed in the dtype of the times and only then cast to that of the images.
+"""
+
+import math
+
+import torch
+
+
+def like(c, x):
+    """A coefficient of shape (B,) or () made to multiply images (B, ...) of x's dtype."""
+    return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ------------------------------------------------------------------------------------------------- interpolant
+
+
+def alpha(t):
+    """Weight of the data in Xt."""
+    return 1 - t
+
+
+def beta(t):
+    """Weight of the noise in Xt: sqrt(1 - alpha^2), written so that small t keeps its digits."""
+    return (t * (2 - t)).sqrt()
+
+
+def interpolate(x0, z, t):
+    """Xt = alpha X0 + beta Z."""
+    return like(alpha(t), x0) * x0 + like(beta(t), x0) * z
+
+
+def velocity(x, d, t):
+    """dx/dt of the probability-flow ODE, (alpha x - D) / beta^2, t > 0 (paper, eq. of the characteristic)."""
+    return (like(alpha(t), x) * x - d) / like(t * (2 - t), x)
+
+
+def score(x, d, t):
+    """Gradient of log density of Xt, (alpha D - x) / beta^2, t > 0 (Tweedie)."""
+    return (like(alpha(t), x) * d - x) / like(t * (2 - t), x)
+
+
+def transport(x, d, t, s):
+    """T(x, d; t, s): where the ODE carries x from t to s if the denoiser is constantly d.  t, s in [0, 1], s <= t.
+
+    T = (beta_s/beta_t) x + (alpha_s - alpha_t beta_s/beta_t) d.  With theta = arccos(1 - t) the weight of d is
+    sin(theta_t - theta_s) / sin(theta_t); both forms subtract nearly equal numbers when t is near s, and arccos(1 - t) loses
+    half its digits near t = 0.  Since beta_t^2 - beta_s^2 = (t - s)(2 - t - s), it also equals
+
+        (t - s) [alpha_s (2 - t - s) / (beta_t + beta_s) + beta_s] / beta_t,
+
+    a sum of terms of one sign, which loses none.  At t = s the result is x itself, t = 0 included.
+    """
+    beta_t, beta_s = beta(t), beta(s)
+    one = torch.ones_like(beta_t)
+    safe = torch.where(beta_t > 0, beta_t, one)  # only t = s = 0 has beta_t = 0
+    keep = torch.where(t == s, one, beta_s / safe)
+    pull = (t - s) * (alpha(s) * (2 - t - s) / torch.where(beta_t > 0, beta_t + beta_s, one) + beta_s) / safe
+    return like(keep, x) * x + like(pull, x) * d
+
+
+# --------------------------------------------------------------------------------------------- preconditioning
+
+
+def preconditioning(t, sigma):
+    """(c_in, c_skip, c_out) for data of standard deviation `sigma`: unit-variance input and target for the network.
+
+    w = Var Xt = (alpha sigma)^2 + beta^2; c_in = 1/sqrt(w); c_skip = alpha sigma^2 / w; c_out = beta sigma / sqrt(w).
+    """
+    w = (alpha(t) * sigma) ** 2 + t * (2 - t)
+    return w.rsqrt(), alpha(t) * sigma**2 / w, beta(t) * sigma * w.rsqrt()
+
+
+def loss_weight(t, sigma):
+    """1 / c_out^2 = w / (beta^2 sigma^2): every time then weighs the same in the network's own units.  t > 0."""
+    beta2 = t * (2 - t)
+    return ((alpha(t) * sigma) ** 2 + beta2) / (beta2 * sigma**2)
+
+
+# ------------------------------------------------------------------------------------------------ grid and start
+
+
+def grid(n, t_max, t_min, rho=1.0):
+    """(n + 1,) float64 times t_max = t_0 > ... > t_{n-1} = t_min > t_n = 0; t^(1/rho) is linear up to t_{n-1}.
+
+    n = 1 gives (t_max, 0): one step, all the way.
+    """
+    i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    ts = (t_max ** (1 / rho) + i * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
+    ts[0] = t_max
+    if n > 1:
+        ts[-1] = t_min
+    return torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
+
+
+def start(z, mean, eps):
+    """State at t = 1 - eps from the state z at t = 1: z + eps mean(data), (B, ...) and (...).
+
+    Plus: v(x, 1) = -mean and the step in t is -eps.
+    """
+    return z + eps * mean
+
+
+# --------------------------------------------------------------------------------------------------------- steps
+# A step takes x at time t to time s <= t.  The flow map is one; these make the others from a denoiser.
+
+
+def euler_step(denoise, x, t, s):
+    """Order 1 on the velocity.  One call."""
+    return x + like(s - t, x) * velocity(x, denoise(x, t), t)
+
+
+def deis_step(denoise, x, t, s):
+    """Order 1, exponential integrator (DDIM): exact while the denoiser is constant along the path.  One call."""
+    return transport(x, denoise(x, t), t, s)
+
+
+def heun_step(denoise, x, t, s):
+    """Order 2 on the velocity.  Two calls, or one where s = 0: the corrector is singular there, so the step is deis_step."""
+    d = denoise(x, t)
+    to_data = (s == 0).expand(t.shape)
+    if to_data.all():
+        return transport(x, d, t, s)
+    v = velocity(x, d, t)
+    end = x + like(s - t, x) * v
+    safe = torch.where(to_data, torch.ones_like(t), s)
+    corrected = x + like(s - t, x) * (v + velocity(end, denoise(end, s), safe)) / 2
+    return torch.where(to_data.reshape(-1, *[1] * (x.ndim - 1)), transport(x, d, t, s), corrected)
+
+
+SOLVERS = {"euler": euler_step, "heun": heun_step, "deis": deis_step}
+
+
+def ancestral_step(denoise, noise, x, t, s):
+    """One step of the reverse SDE dX = [f - g^2 score] dt + g dW, f = -x/(1-t), g^2 = 2/(1-t), for t < 1.
+
+    Exact while the denoiser is constant (f and g blow up at t = 1, so Euler-Maruyama would need tiny steps there): a draw
+    from the posterior of X_s given X_t = x and X0 = D, with r = alpha_t/alpha_s,
+
+        mean = r beta_s^2/beta_t^2 x + alpha_s (1 - r^2)/beta_t^2 D,    variance = beta_s^2/beta_t^2 (1 - r^2).
+
+    `noise()` returns standard normals of x's shape.
+    """
+    d = denoise(x, t)
+    r = alpha(t) / alpha(s)
+    ratio = s * (2 - s) / (t * (2 - t))
+    fresh = (t - s) * (2 - t - s) / alpha(s) ** 2  # 1 - r^2
+    mean = like(r * ratio, x) * x + like(alpha(s) * fresh / (t * (2 - t)), x) * d
+    return mean + like((ratio * fresh).sqrt(), x) * noise()
+
+
+def churn(x, t, gamma, t_max, noise):
+    """Noise mollification: (x, t) -> (x', t') with t' = min((1 + gamma) t, t_max) and fresh noise for the difference.
+
+    x' = r x + sqrt(1 - r^2) eps with r = alpha_t'/alpha_t, so that the law of Xt becomes that of Xt'.
+    """
+    back = ((1 + gamma) * t).clamp(max=t_max).maximum(t)
+    r = alpha(back) / alpha(t)
+    fresh = (back - t) * (2 - t - back) / alpha(t) ** 2  # 1 - r^2
+    return like(r, x) * x + like(fresh.clamp(min=0).sqrt(), x) * noise(), back
+
+
+def sample(step, x, ts, before_step=None):
+    """Yield the state at each time of the grid `ts` (n + 1,), x itself first, by n calls of step(x, t, s).
+
+    `before_step(x, t) -> (x, t)` may move the state first (churn).  Times reach the step as (B,) tensors.
+    """
+    yield x
+    for t, s in zip(ts[:-1], ts[1:]):
+        t, s = t.expand(x.shape[0]), s.expand(x.shape[0])
+        if before_step is not None:
+            x, t = before_step(x, t)
+        x = step(x, t, s)
+        yield x
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+# All return one value per image, (B,).
+
+
+def l2(a, b):
+    """Mean squared difference."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def huber(a, b):
+    """Pseudo-Huber sqrt(|a - b|^2 + c^2) - c with c = 0.03 sqrt(dimension) (arXiv 2310.14189)."""
+    c = 0.03 * math.sqrt(a[0].numel())
+    return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+DISTANCES = {"l2": l2, "huber": huber}
+
+
+def denoising_loss(d, x0, t, sigma):
+    """Stage 1: w/(beta^2 sigma^2) |D(Xt, t) - X0|^2, the mean over pixels; d = D(Xt, t), t in (0, 1]."""
+    return loss_weight(t, sigma).to(x0.dtype) * l2(d, x0)
+
+
+def pair_probabilities(K, one_step, to_data):
+    """(K, K + 1) probabilities of regressing the state at grid point k on the one at l > k (entry [k, l]).
+
+    A share `one_step` goes to the one-step pair (0, K), a share `to_data` evenly to the pairs that end in data (l = K), and
+    the rest evenly to all pairs.
+    """
+    p = torch.triu(torch.ones(K, K + 1, dtype=torch.float64), diagonal=1)
+    p *= (1 - one_step - to_data) / p.sum()
+    p[:, K] += to_data / K
+    p[0, K] += one_step
+    return p
+
+
+def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance):
+    """Paper's regression on discretised characteristics, and the stage-1 loss at s = t, in one forward pass.
+
+    denoise     D(x, t, s) of the student
+    states      (2, B, ...) teacher states at grid points k and l, (B,) indices with k < l, of the grid ts (K + 1,)
+    x0, z, t    (B', ...) images and noise and (B',) times for the stage-1 loss; B' may be 0
+    Returns the distances of G(x_k, t_k, t_l) to x_l, (B,), and the stage-1 losses, (B',).
+    """
+    x_k, x_l = states
+    x = torch.cat([x_k, interpolate(x0, z, t)])
+    d = denoise(x, torch.cat([ts[k], t]), torch.cat([ts[l], t]))
+    d_k, d_0 = d.split([len(x_k), len(x0)])
+    return distance(transport(x_k, d_k, ts[k], ts[l]), x_l), denoising_loss(d_0, x0, t, sigma)
+
+
+def semigroup_losses(denoise, ema, teacher_step, x0, z, i, j, k, ts, z_dsm, t, sigma, distance):
+    """Consistency of the flow map along the teacher's ODE (as in CTM, arXiv 2310.02279), and the stage-1 loss.
+
+    With t = ts[i] > u = ts[j] >= s = ts[k] and x_u found from x_t by j - i teacher steps, compares at time 0
+
+        G_ema(G(x_t, t, s), s, 0)    with    G_ema(stopgrad G(x_u, u, s), s, 0).
+
+    s may be u: those pairs tie the flow map to the teacher, all others tie it to itself.
+
+    denoise, ema   D(x, t, s) of the student and of its moving average (which must not require gradients)
+    teacher_step   step(x, t, s)
+    i, j, k        (B,) indices into the grid ts (K + 1,); j - i is the same for all images
+    x0, z          (B, ...) images and noise at time ts[i]; z_dsm, t: noise and times of the stage-1 loss on the same images
+    Returns the distances and the stage-1 losses, (B,) each.
+    """
+    x_t, x_dsm = interpolate(x0, z, ts[i]), interpolate(x0, z_dsm, t)
+    s, zero = ts[k], torch.zeros_like(ts[k])
+
+    def to_data(x):
+        return transport(x, ema(x, s, zero), s, zero)
+
+    with torch.no_grad():
+        x_u = x_t
+        for n in range(int(j[0] - i[0])):
+            x_u = teacher_step(x_u, ts[i + n], ts[i + n + 1])
+        target = to_data(transport(x_u, denoise(x_u, ts[j], s), ts[j], s))
+    d, d_dsm = denoise(torch.cat([x_t, x_dsm]), torch.cat([ts[i], t]), torch.cat([s, t])).chunk(2)
+    estimate = to_data(transport(x_t, d, ts[i], s))
+    return distance(estimate, target), denoising_loss(d_dsm, x0, t, sigma)
+
+
+def adaptive_weight(loss, other, weight):
+    """Ratio of the gradient norms of two scalar losses at a layer's `weight`: other times it pulls as hard as loss does."""
+    norm, norm_other = (torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (loss, other))
+    return (norm / norm_other.clamp(min=1e-12)).clamp(max=1e4)

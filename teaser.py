@@ -1,0 +1,55 @@
+"""Draw a grid of images from a checkpoint; with --trajectory, the path of each from noise to data.
+
+python teaser.py --mode characteristic --checkpoint CKPT --num_steps 1
+python teaser.py --mode denoiser --checkpoint CKPT --num_steps 20 --trajectory
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import defaults
+import dist_util
+import misc
+from defaults import setting
+from dist_util import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """picture"""
+
+    checkpoint: str | None = setting(None, "checkpoint to sample from")
+    dest: str | None = setting(None, "PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out")
+    start_seed: int = setting(0, "first seed; the next ones follow")
+    nsampling: int = setting(64, "images in the grid; with --trajectory, rows")
+    columns: int = setting(0, "images in a row of the grid; 0 for a square")
+    trajectory: bool = setting(False, "a row for each image: the states from noise to data, up to 11 of them")
+
+
+def main():
+    run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__)
+    defaults.required(run, "checkpoint")
+    if run.nsampling < 1 or run.columns < 0 or run.start_seed < 0:
+        raise UserError("--nsampling must be at least 1, --columns and --start_seed at least 0")
+    with dist_util.session() as device:
+        if dist_util.world_size() > 1:
+            raise UserError("teaser.py draws one picture: run it with python, not with torchrun")
+        trained = misc.load_model(run.checkpoint, flags, device)
+        dest = Path(run.dest or Path(run.checkpoint).parent / f"teaser-{trained.config.task.mode}.png")
+        seeds = range(run.start_seed, run.start_seed + run.nsampling)
+        centered = trained.config.data.centered
+        if run.trajectory:
+            states = [misc.to_uint8(x, centered) for x in misc.solve(trained, seeds)]
+            shown = torch.linspace(0, len(states) - 1, min(len(states), 11)).round().long().tolist()
+            images = torch.stack([states[i] for i in shown], dim=1).flatten(0, 1)  # rows: seeds, columns: times
+            misc.write_grid(dest, images, columns=len(shown))
+        else:
+            images = torch.cat([images for _, images in misc.generate(trained, seeds)])
+            misc.write_grid(dest, images, columns=run.columns or round(run.nsampling**0.5))
+        print(dest)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

@@ -1,0 +1,390 @@
+"""Train the denoiser (stage 1) or distil its ODE into the flow map (stage 2).
+
+python train.py --data_name digits --mode denoiser --workdir logs/digits-denoiser
+python train.py --data_name digits --mode characteristic --teacher logs/digits-denoiser/DDPMpp-001000.pth
+torchrun --nproc_per_node=4 train.py --data_name cifar --mode denoiser --bsz 256
+"""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import defaults
+import dist_util
+import misc
+import network
+import sde
+from defaults import setting
+from dist_util import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """files"""
+
+    workdir: str | None = setting(None, "folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
+    teacher: str | None = setting(None, "checkpoint of the denoiser to distil (mode characteristic)")
+    resume: str | None = setting(None, "checkpoint to continue from")
+
+
+# ----------------------------------------------------------------------------------------------------- objectives
+# An objective is called with a round's images (B, C, H, W), one-hot labels or None, and a generator on their device; it
+# returns the scalar to differentiate and what to log, {name: scalar tensor}.
+
+
+def normal(like, generator):
+    return torch.randn(like.shape, generator=generator, device=like.device)
+
+
+def training_times(n, train, generator):
+    """(n,) times, uniform on [train_eps0, 1]."""
+    t = torch.rand(n, generator=generator, device=generator.device)
+    return train.train_eps0 + (1 - train.train_eps0) * t
+
+
+class Denoising:
+    """Stage 1."""
+
+    def __init__(self, model, config):
+        self.model, self.config = model, config
+
+    def __call__(self, x0, label, generator):
+        t = training_times(len(x0), self.config.train, generator)
+        d = self.model(sde.interpolate(x0, normal(x0, generator), t), t, label=label)
+        loss = sde.denoising_loss(d, x0, t, self.config.network.sigma_data).mean()
+        return loss, {"loss": loss}
+
+
+class Distillation:
+    """What the two objectives of stage 2 share: the grid, the teacher, and adding the stage-1 loss."""
+
+    def __init__(self, model, config, teacher, device):
+        train, sampling = config.train, config.sampling
+        self.model, self.config, self.teacher = model, config, teacher
+        self.ts = sde.grid(sampling.num_steps, 1 - train.train_eps1, train.train_eps0, sampling.rho).to(device)
+        self.distance = sde.DISTANCES[config.distil.loss_norm]
+        self.solver = sde.SOLVERS[config.distil.teacher_solver]
+
+    def teacher_step(self, label):
+        return lambda x, t, s: self.solver(lambda y, r: self.teacher.model(y, r, label=label), x, t, s)
+
+    def combine(self, distances, denoising):
+        distil, distance = self.config.distil, distances.mean()
+        if not len(denoising) or not distil.dsm_weight:
+            return distance, {"loss": distance, "distance": distance}
+        dsm, weight = denoising.mean(), distil.dsm_weight
+        if distil.adaptive_weight:
+            weight = weight * sde.adaptive_weight(distance, dsm, self.model.net.last_layer)
+        loss = distance + weight * dsm
+        return loss, {"loss": loss, "distance": distance, "denoising": dsm, "weight": torch.as_tensor(weight)}
+
+
+class Trajectory(Distillation):
+    """The paper's regression on the teacher's solutions, which are kept in a bank on the device.
+
+    The bank is a ring of batches of solutions; batch b is a function of (seed, rank, b) alone, and which batches it holds
+    at a step is a function of the step.
+    """
+
+    def __init__(self, model, config, teacher, device, start):
+        super().__init__(model, config, teacher, device)
+        distil, self.bsz = config.distil, config.train.bsz
+        K, shape = config.sampling.num_steps, teacher.mean.shape
+        self.pairs = sde.pair_probabilities(K, distil.one_step_share, distil.to_data_share).flatten().to(device)
+        self.slots = math.ceil(distil.bank_size / self.bsz)
+        dtype = getattr(torch, distil.bank_dtype)
+        self.bank = torch.empty(K + 1, self.slots * self.bsz, *shape, dtype=dtype, device=device)
+        self.labels = torch.zeros(self.slots * self.bsz, dtype=torch.long, device=device)
+        self.first = self.replaced(start)
+        with misc.progress(self.slots * self.bsz, "teacher's solutions") as bar:
+            for batch in range(self.first, self.first + self.slots):
+                self.fill(batch)
+                bar.update(self.bsz)
+
+    def replaced(self, step):
+        """How many batches have been replaced before this step."""
+        freq = self.config.distil.bank_refresh_freq
+        return step // freq if freq else 0
+
+    @torch.no_grad()
+    def fill(self, batch):
+        seed = misc.derive_seed(self.config.train.seed, "bank", dist_util.rank(), batch)
+        generator = torch.Generator(self.ts.device).manual_seed(seed)
+        place = slice(batch % self.slots * self.bsz, (batch % self.slots + 1) * self.bsz)
+        z = torch.randn((self.bsz, *self.teacher.mean.shape), generator=generator, device=self.ts.device)
+        x = sde.start(z, self.teacher.mean, self.config.train.train_eps1)
+        label_dim = self.config.network.label_dim
+        if label_dim:
+            self.labels[place] = torch.randint(label_dim, (self.bsz,), generator=generator, device=x.device)
+        step = self.teacher_step(misc.one_hot(self.labels[place], label_dim))
+        for k, state in enumerate(sde.sample(step, x, self.ts)):
+            self.bank[k, place] = state.to(self.bank.dtype)
+
+    def start_step(self, step):
+        while self.first < self.replaced(step):
+            self.fill(self.first + self.slots)
+            self.first += 1
+
+    def __call__(self, x0, label, generator):
+        K = len(self.ts) - 1
+        n_dsm = round(self.config.distil.dsm_share * len(x0))
+        n = len(x0) - n_dsm
+        pair = torch.multinomial(self.pairs, n, replacement=True, generator=generator)
+        k, l = pair // (K + 1), pair % (K + 1)
+        which = torch.randint(self.bank.shape[1], (n,), generator=generator, device=k.device)
+        states = self.bank[torch.stack([k, l]), which].to(x0.dtype)
+        x0 = x0[:n_dsm]
+        t, z = training_times(n_dsm, self.config.train, generator), normal(x0, generator)
+        if label is not None:
+            label = torch.cat([misc.one_hot(self.labels[which], self.config.network.label_dim), label[:n_dsm]])
+        denoise = lambda x, t, s: self.model(x, t, s, label)  # noqa: E731
+        sigma = self.config.network.sigma_data
+        return self.combine(
+            *sde.trajectory_losses(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), sigma, self.distance)
+        )
+
+
+class Semigroup(Distillation):
+    """What the authors' released code runs: consistency of the flow map along a few steps of the teacher."""
+
+    def __init__(self, model, config, teacher, device, ema):
+        super().__init__(model, config, teacher, device)
+        self.ema = ema.module
+        lengths = torch.arange(1, min(config.distil.teacher_steps, len(self.ts) - 1) + 1, dtype=torch.float64)
+        uniform = config.distil.teacher_steps_strategy == "uniform"
+        self.lengths = (torch.ones_like(lengths) if uniform else lengths).to(device)
+
+    def start_step(self, step):
+        pass
+
+    def __call__(self, x0, label, generator):
+        K, n = len(self.ts) - 1, len(x0)
+        steps = 1 + torch.multinomial(self.lengths, 1, generator=generator)  # one number for the batch, as in CTM
+        i = (torch.rand(n, generator=generator, device=x0.device) * (K + 1 - steps)).long()
+        j = i + steps
+        k = j + (torch.rand(n, generator=generator, device=x0.device) * (K + 1 - j)).long()
+        z, z_dsm = normal(x0, generator), normal(x0, generator)
+        t = training_times(n, self.config.train, generator)
+        twice = None if label is None else torch.cat([label, label])
+        denoise = lambda x, t, s: self.model(x, t, s, label if len(x) == n else twice)  # noqa: E731
+        return self.combine(
+            *sde.semigroup_losses(
+                denoise,
+                lambda x, t, s: self.ema(x, t, s, label),
+                self.teacher_step(label),
+                *(x0, z, i, j, k, self.ts, z_dsm, t.to(self.ts.dtype)),
+                self.config.network.sigma_data,
+                self.distance,
+            )
+        )
+
+
+# --------------------------------------------------------------------------------------------------- one step
+
+
+def learning_rate(step, train):
+    """Rate of optimizer step `step` (from 0): linear warm-up, then constant or half a cosine to 0 at train_steps."""
+    warmup = min((step + 1) / max(train.lr_rampup_steps, 1), 1.0)
+    decay = 0.5 * (1 + math.cos(math.pi * step / train.train_steps)) if train.lr_decay == "cosine" else 1.0
+    return train.lr * warmup * decay
+
+
+def accumulate(model, objective, rounds):
+    """Gradients of the mean of the objective over `rounds` and ranks, left in .grad; returns the means of what to log.
+
+    `rounds` is a list of argument tuples for the objective.
+    """
+    totals = {}
+    for arguments in rounds:
+        loss, logs = objective(*arguments)
+        (loss / len(rounds)).backward()
+        for name, value in logs.items():
+            totals[name] = totals.get(name, 0.0) + value.detach() / len(rounds)
+    dist_util.average_gradients([p for p in model.parameters() if p.requires_grad])
+    return totals
+
+
+# --------------------------------------------------------------------------------------------------------- the run
+
+
+def configure(run, flags, device):
+    """(configuration, teacher or None): a student takes its data and network from its teacher."""
+    if flags.get("mode", "denoiser") == "denoiser":
+        if run.teacher:
+            raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
+        return defaults.resolve(flags), None
+    if not run.teacher:
+        raise UserError("--teacher is missing: stage 2 distils a checkpoint of stage 1 (train.py --mode denoiser)")
+    teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
+    if teacher.config.task.mode != "denoiser":
+        raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
+    inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
+    return defaults.resolve({**inherited, **flags}), teacher
+
+
+def prepare_workdir(workdir, config, resuming):
+    """Make the folder, refuse one that holds another run, and save the configuration."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file: choose a folder")
+    if not resuming and any(workdir.glob("DDPMpp-*.pth")):
+        raise UserError(
+            f"--workdir {workdir} already holds a run: continue it with --resume CHECKPOINT, or choose another folder"
+        )
+    misc.write_json(workdir / "config.json", defaults.to_dict(config))
+    if not resuming:
+        (workdir / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def draw_samples(path, model, config, mean):
+    """Grid of --nsampling images of seeds 0, 1, ... from a model with the sampling settings."""
+    trained = misc.Trained(model, config, mean, 0, "")
+    sampling = dataclasses.replace(config.sampling, num_steps=1) if config.task.mode == "characteristic" else config.sampling
+    trained.config = dataclasses.replace(config, sampling=sampling)
+    count = config.train.nsampling
+    images = torch.cat([images for _, images in misc.generate(trained, range(count), desc="samples")])
+    misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
+
+
+def draw_loss_curve(workdir):
+    """loss.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name in ("loss", "distance", "denoising"):
+        if name in lines[-1] and (name != "distance" or "denoising" in lines[-1]):
+            ax.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    ax.set(xlabel="step", ylabel="training loss", yscale="log")
+    ax.legend()
+    with misc.atomic(workdir / "loss.png") as temporary:
+        fig.savefig(temporary, dpi=120, format="png")
+    plt.close(fig)
+
+
+def train(run, flags, device):
+    config, teacher = dist_util.agree(lambda: configure(run, flags, device))
+    cfg, rank, world = config.train, dist_util.rank(), dist_util.world_size()
+    if cfg.global_bsz % (cfg.bsz * world):
+        raise UserError(
+            f"--global_bsz is {cfg.global_bsz}: it must be a multiple of --bsz times the ranks, {cfg.bsz} x {world}"
+        )
+    rounds = cfg.global_bsz // (cfg.bsz * world)
+    workdir = Path(run.workdir or f"logs/{config.data.data_name}-{config.task.mode}")
+    dist_util.on_first_rank(lambda: prepare_workdir(workdir, config, run.resume))
+    for name, section in defaults.to_dict(config).items():
+        misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
+
+    dataset = dist_util.agree(lambda: misc.load_data(config.data))
+    mean = teacher.mean if teacher else misc.data_mean(dataset, config.data.centered).to(device)
+
+    torch.manual_seed(cfg.seed)
+    model = misc.build_model(config).to(device).train()
+    if teacher:
+        network.start_from_teacher(model.net, teacher.model.net)
+    ema = misc.EMA(model, cfg.ema_decay)
+    optim = torch.optim.RAdam(model.parameters(), lr=cfg.lr)
+    start = 0
+    if run.resume:
+        start = dist_util.agree(lambda: resume(run.resume, model, ema, optim, config))
+        misc.log(f"continuing {run.resume} at step {start} of {cfg.train_steps}")
+
+    if not teacher:
+        objective = Denoising(model, config)
+    elif config.distil.objective == "trajectory":
+        objective = Trajectory(model, config, teacher, device, start)
+    else:
+        objective = Semigroup(model, config, teacher, device, ema)
+    data = misc.batches(dataset, config.data, cfg, start)
+    parameters = list(model.parameters())
+    generator = torch.Generator(device)
+    sums, since, clock = {}, 0, time.perf_counter()
+
+    def next_round(step, r):
+        generator.manual_seed(misc.derive_seed(cfg.seed, "noise", step, r, rank))
+        torch.manual_seed(misc.derive_seed(cfg.seed, "dropout", step, r, rank))
+        images, labels = next(data)
+        x0 = misc.to_model(images.to(device, non_blocking=True), config.data.centered)
+        return x0, misc.one_hot(labels.to(device), config.network.label_dim), generator
+
+    with misc.progress(cfg.train_steps * cfg.global_bsz, config.task.mode, initial=start * cfg.global_bsz) as bar:
+        for step in range(start, cfg.train_steps):
+            if teacher:
+                objective.start_step(step)
+            optim.zero_grad(set_to_none=True)
+            logs = accumulate(model, objective, Rounds(next_round, step, rounds))
+            logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for group in optim.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            optim.step()
+            ema.update(model, step)
+
+            done = step + 1
+            since += 1
+            for name, value in logs.items():
+                sums[name] = sums.get(name, 0.0) + value
+            bar.update(cfg.global_bsz)
+            if done % cfg.log_freq == 0 or done == cfg.train_steps:
+                names = sorted(sums)
+                values = dist_util.sum_over_ranks(torch.stack([sums[n].double().to(device) for n in names])) / world / since
+                line = {"step": done, **dict(zip(names, values.tolist())), "lr": learning_rate(step, cfg)}
+                seconds = time.perf_counter() - clock
+                line["images_per_s"] = round(since * cfg.global_bsz / seconds, 1)
+                bar.set_postfix(loss=f"{line['loss']:.4g}")
+                if rank == 0:
+                    with open(workdir / "metrics.jsonl", "a") as file:
+                        file.write(json.dumps(line) + "\n")
+                sums, since, clock = {}, 0, time.perf_counter()
+            last = done == cfg.train_steps
+            if cfg.sampling_freq and (done % cfg.sampling_freq == 0 or last):
+                picture = workdir / "samples" / f"{done:06d}.png"
+                dist_util.on_first_rank(lambda: draw_samples(picture, ema.module, config, mean))
+            if done % cfg.dump_freq == 0 or last:
+                dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, model, ema, optim, done, config, mean.cpu()))
+    if rank == 0 and (workdir / "metrics.jsonl").exists():
+        draw_loss_curve(workdir)
+        print(workdir / f"DDPMpp-{cfg.train_steps:06d}.pth")
+
+
+class Rounds:
+    """The accumulation rounds of a step, each read and drawn when its turn comes."""
+
+    def __init__(self, draw, step, count):
+        self.draw, self.step, self.count = draw, step, count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return (self.draw(self.step, r) for r in range(self.count))
+
+
+def resume(path, model, ema, optim, config):
+    """Load weights, average and optimizer; returns the step to continue at."""
+    content = misc.load_checkpoint(path)
+    if "config" not in content or "optim" not in content:
+        raise UserError(f"{path} holds no run to continue: it was not written by train.py")
+    made = defaults.from_dict(content["config"])
+    if made.task != config.task or made.data.data_name != config.data.data_name:
+        raise UserError(f"{path} is of a run with --data_name {made.data.data_name} --mode {made.task.mode}: say the same")
+    misc.load_weights(model.net, content["model"], path)
+    misc.load_weights(ema.module.net, content["ema"], path)
+    optim.load_state_dict(content["optim"])
+    return content["step"]
+
+
+def main():
+    run, flags = defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling"], description=__doc__)
+    with dist_util.session() as device:
+        train(run, flags, device)
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)
