@@ -1,0 +1,72 @@
+"""Shared by the tests: running scripts as users do, tiny settings, and models small enough to be instant."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# The smallest network and run on the digits.
+TINY_NETWORK = ["--model_channels", "8", "--channel_mult", "1", "2", "--num_blocks", "1", "--attn_resolutions", "4"]
+TINY_RUN = ["--train_steps", "3", "--bsz", "8", "--global_bsz", "16", "--log_freq", "1", "--sampling_freq", "3"]
+TINY_RUN += ["--nsampling", "4", "--lr_rampup_steps", "2"]
+
+
+def run(*command, ranks=None, expect=0):
+    """Run a script in a process of its own, or under torchrun with gloo ranks; CompletedProcess with text output."""
+    launcher = [sys.executable]
+    if ranks is not None:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(part) for part in command]
+    done = subprocess.run(launcher + command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    if expect is not None:
+        assert done.returncode == expect, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny denoiser and its flow map, trained by the real script under torchrun with two gloo ranks and two rounds."""
+    folder = tmp_path_factory.mktemp("trained")
+    halves = ["--bsz", "4"]
+    first = run("train.py", "--mode", "denoiser", "--workdir", folder / "denoiser", *TINY_NETWORK, *TINY_RUN, *halves, ranks=2)
+    teacher = folder / "denoiser" / "DDPMpp-000003.pth"
+    options = ["--teacher", teacher, "--num_steps", "4", "--bank_size", "16", "--bank_refresh_freq", "1"]
+    second = run(
+        "train.py", "--mode", "characteristic", "--workdir", folder / "flow", *options, *TINY_RUN, *halves, ranks=2
+    )
+    return {
+        "denoiser": teacher,
+        "characteristic": folder / "flow" / "DDPMpp-000003.pth",
+        "folders": [folder / "denoiser", folder / "flow"],
+        "outputs": [first, second],
+    }
+
+
+class Gaussian:
+    """Target N(mean, sigma^2 I): its denoiser and flow map in closed form, for images (B, d) and times (B,)."""
+
+    def __init__(self, mean, sigma):
+        self.mean, self.sigma = mean, sigma
+
+    def variance(self, t):
+        return (1 - t) ** 2 * self.sigma**2 + t * (2 - t)
+
+    def denoise(self, x, t):
+        t = t[:, None]
+        return self.mean + (1 - t) * self.sigma**2 / self.variance(t) * (x - (1 - t) * self.mean)
+
+    def flow_map(self, x, t, s):
+        t, s = t[:, None], s[:, None]
+        return (1 - s) * self.mean + (self.variance(s) / self.variance(t)).sqrt() * (x - (1 - t) * self.mean)
+
+
+@pytest.fixture
+def gaussian():
+    return Gaussian(torch.tensor([0.7, -0.2, 0.1], dtype=torch.float64), 0.5)

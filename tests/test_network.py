@@ -1,0 +1,123 @@
+"""The network against values and names of the established implementations, and the denoiser's identities."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import network
+import sde
+
+GOLDEN = Path(__file__).parent / "golden"
+MNIST = dict(img_resolution=28, img_channels=1, model_channels=32, channel_mult=(1, 2, 2), attn_resolutions=(14,))
+CIFAR = dict(img_resolution=32, img_channels=3)
+SMALL = dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 2), attn_resolutions=(8,))
+SETTINGS = {
+    "mnist-denoiser": MNIST,
+    "mnist-characteristic": dict(MNIST, two_times=True),
+    "cifar-denoiser": CIFAR,
+    "cifar-characteristic": dict(CIFAR, two_times=True),
+    "small-conditional": dict(SMALL, num_blocks=1, label_dim=10, two_times=True),
+    "small-ncsnpp": dict(SMALL, num_blocks=2, architecture="ncsnpp"),
+}
+
+
+def golden_tensor(key, shape):
+    """The weight that tests/golden/*.npz were computed with: a function of its name and shape."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"golden-1:{key}".encode()))
+    x = torch.randn(shape, generator=generator)
+    if key.endswith("bias"):
+        return 0.1 * x
+    return x * math.sqrt(2 / math.prod(shape[1:])) if len(shape) >= 2 else 1 + 0.1 * x
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def golden(request):
+    arrays = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"network-{request.param}.npz").items()}
+    net = network.UNet(**SETTINGS[request.param]).eval()
+    keep = ("resample_filter", "freqs")
+    state = {k: v if k.endswith(keep) else golden_tensor(k, tuple(v.shape)) for k, v in net.state_dict().items()}
+    if "freqs" in arrays:
+        state["map_noise.freqs"] = arrays["freqs"]
+    net.load_state_dict(state)
+    return request.param, net, arrays
+
+
+def test_state_dict_has_the_published_names_and_shapes(golden):
+    name, net, _ = golden
+    published = json.loads((GOLDEN / "network-keys.json").read_text())[name]
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == published
+
+
+def test_output_equals_the_established_implementation(golden):
+    _, net, a = golden
+    with torch.no_grad():
+        y = net(a["x"], a["t"], a.get("s"), label=a.get("label"))
+        alone = net(a["x"][:1], a["t"][:1], a["s"][:1] if "s" in a else None, label=a["label"][:1] if "label" in a else None)
+    assert (y - a["y"]).norm() / a["y"].norm() < 1e-5
+    assert (alone - a["y"][:1]).norm() / a["y"][:1].norm() < 1e-5  # batch size 1
+
+
+def tiny(two_times=False, **more):
+    settings = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+    torch.manual_seed(0)
+    return network.Denoiser(network.UNet(**{**settings, **more}, two_times=two_times), sigma_data=0.5).eval()
+
+
+def shake(module):
+    """Weights away from their near-zero initial values, so that outputs depend on everything."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def test_student_starts_as_one_teacher_step():
+    teacher, student = tiny(), tiny(two_times=True)
+    shake(teacher), shake(student)
+    network.start_from_teacher(student.net, teacher.net)
+    x, t, s = torch.randn(4, 1, 8, 8), torch.tensor([1.0, 0.5, 0.2, 0.9]), torch.tensor([0.0, 0.4, 0.2, 0.1])
+    torch.testing.assert_close(student.flow_map(x, t, s), sde.deis_step(teacher, x, t, s))
+
+
+def test_student_can_leave_its_start():
+    """The s-branch is at zero but its gradient is not."""
+    teacher, student = tiny(), tiny(two_times=True)
+    shake(teacher)
+    network.start_from_teacher(student.net, teacher.net)
+    student(torch.randn(2, 1, 8, 8), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.4])).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in student.net.named_parameters() if ".affine_s.weight" in n)
+
+
+def test_flow_map_boundary_conditions():
+    model = tiny(two_times=True)
+    shake(model)
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([1.0, 0.5, 0.01])
+    assert torch.equal(model.flow_map(x, t, t), x)
+    torch.testing.assert_close(model.flow_map(x, t, torch.zeros(3)), model(x, t, torch.zeros(3)))
+
+
+def test_denoiser_is_the_identity_at_data():
+    model = tiny()
+    shake(model)
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(model(x, torch.zeros(2)), x)
+
+
+def test_times_in_float64_give_images_in_float32():
+    model = tiny(two_times=True)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.2], dtype=torch.float64)
+    assert model.flow_map(x, t, t / 2).dtype == torch.float32
+
+
+def test_label_dropout_hides_labels_in_training_only():
+    model = tiny(label_dim=3, label_dropout=1.0, dropout=0.0)
+    shake(model)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.2])
+    a, b = (torch.nn.functional.one_hot(torch.tensor(labels), 3).float() for labels in ([0, 1], [2, 0]))
+    assert not torch.equal(model(x, t, label=a), model(x, t, label=b))
+    model.train()
+    assert torch.equal(model(x, t, label=a), model(x, t, label=b))
