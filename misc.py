@@ -195,7 +195,7 @@ def load_data(data):
     if data.data_name == "digits":
         with np.load(Path(__file__).parent / "data" / "digits.npz") as archive:
             levels, labels = archive["images"], archive["labels"]  # levels 0 ... 16
-        images = np.floor(255 * levels[:, None] / 16 + 0.5).astype(np.uint8)
+        images = np.floor(levels[:, None] * (255 / 16) + 0.5).astype(np.uint8)
         return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels).long())
     if data.data_name in TORCHVISION_FILES:
         return _torchvision_data(data.data_name, data.data_path)
@@ -590,13 +590,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     would be 1e-8.
     """
 
-    def positive(values):
-        floor = len(values) * np.finfo(np.float64).eps * np.abs(values).max(initial=0)
-        return np.where(values > floor, values, 0)
+    def roots(values, scale):
+        floor = len(values) * np.finfo(np.float64).eps * scale
+        return np.sqrt(np.where(values > floor, values, 0))
 
     values, vectors = scipy.linalg.eigh(sigma1)
-    a = vectors * np.sqrt(positive(values))
-    root = np.sqrt(positive(scipy.linalg.eigvalsh(a.T @ sigma2 @ a))).sum()
+    a = vectors * roots(values, values[-1])
+    root = roots(scipy.linalg.eigvalsh(a.T @ sigma2 @ a), values[-1] * np.linalg.norm(sigma2)).sum()
     return max(float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root), 0.0)
 
 

@@ -38,9 +38,7 @@ def trained(tmp_path_factory):
     first = run("train.py", "--mode", "denoiser", "--workdir", folder / "denoiser", *TINY_NETWORK, *TINY_RUN, *halves, ranks=2)
     teacher = folder / "denoiser" / "DDPMpp-000003.pth"
     options = ["--teacher", teacher, "--num_steps", "4", "--bank_size", "16", "--bank_refresh_freq", "1"]
-    second = run(
-        "train.py", "--mode", "characteristic", "--workdir", folder / "flow", *options, *TINY_RUN, *halves, ranks=2
-    )
+    second = run("train.py", "--mode", "characteristic", "--workdir", folder / "flow", *options, *TINY_RUN, *halves, ranks=2)
     return {
         "denoiser": teacher,
         "characteristic": folder / "flow" / "DDPMpp-000003.pth",

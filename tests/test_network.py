@@ -13,9 +13,9 @@ import network
 import sde
 
 GOLDEN = Path(__file__).parent / "golden"
-MNIST = dict(img_resolution=28, img_channels=1, model_channels=32, channel_mult=(1, 2, 2), attn_resolutions=(14,))
-CIFAR = dict(img_resolution=32, img_channels=3)
-SMALL = dict(img_resolution=16, img_channels=3, model_channels=32, channel_mult=(1, 2), attn_resolutions=(8,))
+MNIST = {"img_resolution": 28, "img_channels": 1, "model_channels": 32, "channel_mult": (1, 2, 2), "attn_resolutions": (14,)}
+CIFAR = {"img_resolution": 32, "img_channels": 3}
+SMALL = {"img_resolution": 16, "img_channels": 3, "model_channels": 32, "channel_mult": (1, 2), "attn_resolutions": (8,)}
 SETTINGS = {
     "mnist-denoiser": MNIST,
     "mnist-characteristic": dict(MNIST, two_times=True),
@@ -63,9 +63,9 @@ def test_output_equals_the_established_implementation(golden):
 
 
 def tiny(two_times=False, **more):
-    settings = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+    settings = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), **more}
     torch.manual_seed(0)
-    return network.Denoiser(network.UNet(**{**settings, **more}, two_times=two_times), sigma_data=0.5).eval()
+    return network.Denoiser(network.UNet(8, 1, two_times=two_times, **settings), sigma_data=0.5).eval()
 
 
 def shake(module):

@@ -302,7 +302,9 @@ def stage2():
 def test_trajectory_loss_is_zero_at_the_exact_flow_map(stage2, distance):
     target, step, ts, x0, z, z2, t = stage2
     states = torch.stack(list(sde.sample(step, sde.interpolate(x0, z, ts[0].expand(50)), ts)))
-    pair = torch.multinomial(sde.pair_probabilities(K, 0.2, 0.2).flatten(), 50, True, generator=torch.Generator().manual_seed(0))
+    pair = torch.multinomial(
+        sde.pair_probabilities(K, 0.2, 0.2).flatten(), 50, True, generator=torch.Generator().manual_seed(0)
+    )
     k, l = pair // (K + 1), pair % (K + 1)
     assert (k < l).all() and (l <= K).all()
     which = torch.arange(50)
@@ -341,7 +343,9 @@ def test_semigroup_target_carries_no_gradient(stage2):
     d, _ = sde.semigroup_losses(lambda x, t, s: factor * exact(x, t, s), exact, step, x0, z, i, j, k, ts, z2, t, 1.0, sde.l2)
     (gradient,) = torch.autograd.grad(d.mean(), factor)
     with torch.no_grad():
-        goal = sde.transport(sde.interpolate(x0, z, ts[j]), 1.1 * exact(sde.interpolate(x0, z, ts[j]), ts[j], ts[k]), ts[j], ts[k])
+        goal = sde.transport(
+            sde.interpolate(x0, z, ts[j]), 1.1 * exact(sde.interpolate(x0, z, ts[j]), ts[j], ts[k]), ts[j], ts[k]
+        )
         x_t = sde.interpolate(x0, z, ts[i])
         slope = exact(x_t, ts[i], ts[k])
         made = sde.transport(x_t, 1.1 * slope, ts[i], ts[k])

@@ -1,0 +1,235 @@
+"""Training through the real script and its parts: gradients, averages, data order, checkpoints, both objectives."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import defaults
+import misc
+import sde
+import train
+from conftest import ROOT, TINY_NETWORK, TINY_RUN, run
+
+
+def tiny_config(**flags):
+    network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+    return defaults.resolve({**network, "bsz": 8, "global_bsz": 8, "num_steps": 4, **flags})
+
+
+def tiny_teacher(**flags):
+    config = tiny_config(**flags)
+    torch.manual_seed(0)
+    model = misc.build_model(config).eval().requires_grad_(False)
+    return misc.Trained(model, config, torch.full((1, 8, 8), 0.2), 0, "")
+
+
+def student_of(teacher, **flags):
+    config = tiny_config(mode="characteristic", **flags)
+    student = misc.build_model(config)
+    train.network.start_from_teacher(student.net, teacher.model.net)
+    return student.train(), config
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
+
+GRADIENTS = """
+import sys, torch, dist_util, train
+sys.path.insert(0, "tests")
+from test_training import gradient_model, gradient_objective, gradient_batch
+world, rounds = dist_util.world_size(), int(sys.argv[1])
+with dist_util.session():
+    model = gradient_model()
+    pieces = [piece for tensor in [gradient_batch()] for piece in zip(*(x.chunk(world * rounds) for x in tensor))]
+    mine = pieces[dist_util.rank() :: world]
+    logs = train.accumulate(model, gradient_objective(model), mine)
+    if dist_util.rank() == 0:
+        torch.save([p.grad for p in model.parameters()], sys.argv[2])
+"""
+
+
+def gradient_model():
+    torch.manual_seed(0)
+    return misc.build_model(tiny_config())
+
+
+def gradient_batch():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(8, 1, 8, 8, generator=generator),
+        torch.randn(8, 1, 8, 8, generator=generator),
+        torch.linspace(0.1, 1, 8),
+    ]
+
+
+def gradient_objective(model):
+    def objective(x0, z, t):
+        loss = sde.denoising_loss(model(sde.interpolate(x0, z, t), t), x0, t, 1.0).mean()
+        return loss, {"loss": loss}
+
+    return objective
+
+
+def test_two_ranks_of_two_rounds_give_the_gradients_of_one(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + GRADIENTS)
+    run(script, 2, tmp_path / "split.pt", ranks=2)
+    model = gradient_model()
+    train.accumulate(model, gradient_objective(model), [gradient_batch()])
+    for p, split in zip(model.parameters(), torch.load(tmp_path / "split.pt")):
+        torch.testing.assert_close(split, p.grad, rtol=1e-4, atol=1e-6)
+    assert sum(p.grad.abs().sum() for p in model.parameters()) > 0
+
+
+def test_rounds_and_ranks_split_the_same_images(monkeypatch):
+    """Step 3 uses the same images whatever the number of ranks and rounds."""
+    monkeypatch.setattr(misc.dist_util, "world_size", lambda: 1)
+    whole = next(iter(misc.Batches(100, seed=5, start=3, global_bsz=24, bsz=24)))
+    split = []
+    for rank in (0, 1):
+        monkeypatch.setattr(misc.dist_util, "world_size", lambda: 2)
+        monkeypatch.setattr(misc.dist_util, "rank", lambda rank=rank: rank)
+        batches = iter(misc.Batches(100, seed=5, start=3, global_bsz=24, bsz=6))
+        split += [next(batches), next(batches)]
+    assert sorted(sum(split, [])) == sorted(whole)
+
+
+def test_an_epoch_shows_every_image_once_and_epochs_differ():
+    batches = iter(misc.Batches(12, seed=0, start=0, global_bsz=5, bsz=5))
+    stream = sum((next(batches) for _ in range(5)), [])[:24]
+    assert sorted(stream[:12]) == sorted(stream[12:]) == list(range(12)) and stream[:12] != stream[12:]
+
+
+def test_ema_follows_its_formula():
+    module = torch.nn.Linear(1, 1)
+    ema = misc.EMA(module, 0.5)
+    expected = module.weight.detach().clone()
+    for step in range(20):
+        with torch.no_grad():
+            module.weight.add_(1)
+        ema.update(module, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach()
+    torch.testing.assert_close(ema.module.weight, expected)
+
+
+def test_learning_rate_warms_up_and_decays():
+    cfg = tiny_config(lr=1.0, lr_rampup_steps=4, train_steps=100, lr_decay="none").train
+    assert [train.learning_rate(s, cfg) for s in (0, 1, 3, 50, 99)] == [0.25, 0.5, 1, 1, 1]
+    cfg = dataclasses.replace(cfg, lr_decay="cosine")
+    assert train.learning_rate(50, cfg) == pytest.approx(0.5) and train.learning_rate(99, cfg) < 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------- objectives
+
+
+def test_bank_holds_the_teachers_solutions_and_is_refreshed():
+    teacher = tiny_teacher()
+    student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2)
+    objective = train.Trajectory(student, config, teacher, torch.device("cpu"), start=0)
+    step = objective.teacher_step(None)
+    bank, ts = objective.bank.clone(), objective.ts
+    assert bank.shape == (5, 16, 1, 8, 8)
+    for k in range(4):
+        expected = step(bank[k], ts[k].expand(16), ts[k + 1].expand(16))
+        torch.testing.assert_close(bank[k + 1], expected, rtol=1e-4, atol=1e-5)
+    changed = []
+    for n in range(1, 5):
+        objective.start_step(n)
+        changed.append([bool((objective.bank[:, h] != bank[:, h]).any()) for h in (slice(0, 8), slice(8, 16))])
+    assert changed == [[False, False], [True, False], [True, False], [True, True]]
+    later = train.Trajectory(student, config, teacher, torch.device("cpu"), start=4)  # what a run that continues at 4 sees
+    assert torch.equal(later.bank, objective.bank)
+
+
+@pytest.mark.parametrize("objective", ["trajectory", "semigroup"])
+def test_fresh_student_makes_the_one_step_loss_zero_with_one_teacher_step(objective):
+    """With a grid of one step the student's start, one deis step of the teacher, is the solution."""
+    teacher = tiny_teacher()
+    student, config = student_of(teacher, num_steps=1, bank_size=8, objective=objective, dsm_share=0.0, dsm_weight=0.0)
+    if objective == "trajectory":
+        loss = train.Trajectory(student, config, teacher, torch.device("cpu"), start=0)
+    else:
+        loss = train.Semigroup(student, config, teacher, torch.device("cpu"), misc.EMA(student, 0.9))
+    value, _ = loss(torch.rand(8, 1, 8, 8), None, torch.Generator().manual_seed(0))
+    assert value.item() < 1e-5
+
+
+@pytest.mark.parametrize("objective", ["trajectory", "semigroup"])
+@pytest.mark.parametrize("label_dim", [0, 10])
+def test_objectives_learn_and_use_labels(objective, label_dim):
+    teacher = tiny_teacher(label_dim=label_dim)
+    student, config = student_of(teacher, bank_size=8, objective=objective, label_dim=label_dim, teacher_steps=2)
+    ema = misc.EMA(student, 0.9)
+    if objective == "trajectory":
+        loss = train.Trajectory(student, config, teacher, torch.device("cpu"), start=0)
+    else:
+        loss = train.Semigroup(student, config, teacher, torch.device("cpu"), ema)
+    optim = torch.optim.RAdam(student.parameters(), lr=3e-3)
+    label = misc.one_hot(torch.arange(8) % 10, label_dim)
+    x0 = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    denoising = []
+    for _ in range(30):
+        value, logs = loss(x0, label, torch.Generator().manual_seed(0))
+        optim.zero_grad()
+        value.backward()
+        optim.step()
+        denoising.append(logs["denoising"].item())
+    assert denoising[-1] < 0.8 * denoising[0]
+    assert logs["weight"] > 0 and all(p.grad is None for p in ema.module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ the script
+
+
+def test_both_stages_run_under_torchrun_and_leave_everything(trained):
+    for folder, done in zip(trained["folders"], trained["outputs"]):
+        assert done.stdout.strip() == str(folder / "DDPMpp-000003.pth")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3]
+        assert all(line["loss"] > 0 and line["images_per_s"] > 0 and line["lr"] > 0 for line in lines)
+        Image.open(folder / "samples" / "000003.png").verify()
+        Image.open(folder / "loss.png").verify()
+        config = defaults.from_dict(json.loads((folder / "config.json").read_text()))
+        assert config.network.model_channels == 8 and config.train.global_bsz == 16
+        names = {path.name for path in folder.iterdir()}
+        assert names == {"metrics.jsonl", "samples", "loss.png", "config.json", "DDPMpp-000003.pth"}
+    assert "model_channels=8" in trained["outputs"][0].stderr
+
+
+def test_checkpoint_holds_what_the_format_says(trained):
+    content = torch.load(trained["denoiser"], weights_only=True)
+    assert set(content) == {"model", "ema", "optim", "step", "config", "mean", "random", "format"}
+    assert content["step"] == 3 and content["mean"].shape == (1, 8, 8)
+    assert not torch.equal(content["model"]["map_layer0.weight"], content["ema"]["map_layer0.weight"])
+
+
+def test_ranks_see_different_noise(trained):
+    """Two ranks of 4 images are not one rank's 4 images twice: the losses differ from a run of one rank."""
+    two = [json.loads(line)["loss"] for line in (trained["folders"][0] / "metrics.jsonl").read_text().splitlines()]
+    config = tiny_config(bsz=4, global_bsz=16, lr_rampup_steps=2)
+    seeds = {misc.derive_seed(config.train.seed, "noise", 0, r, rank) for r in (0, 1) for rank in (0, 1)}
+    assert len(seeds) == 4 and len(set(two)) == 3
+
+
+def test_resume_continues_weights_optimizer_average_and_step(tmp_path):
+    shared = ["train.py", "--mode", "denoiser", *TINY_NETWORK, *TINY_RUN]
+    run(*shared, "--workdir", tmp_path / "whole", "--dump_freq", "2")
+    run(*shared, "--workdir", tmp_path / "rest", "--resume", tmp_path / "whole" / "DDPMpp-000002.pth")
+    a, b = (torch.load(tmp_path / d / "DDPMpp-000003.pth", weights_only=True) for d in ("whole", "rest"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    assert all(torch.equal(a["optim"]["state"][i]["exp_avg"], b["optim"]["state"][i]["exp_avg"]) for i in a["optim"]["state"])
+
+
+def test_folder_data_trains_a_conditional_colour_model(tmp_path):
+    for i in range(6):
+        (tmp_path / "data" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 18), (40 * i, 10, 200)).save(tmp_path / "data" / f"c{i % 2}" / f"{i}.png")
+    options = ["--data_name", "folder", "--data_path", tmp_path / "data", "--image_size", "8", "--label_dim", "2"]
+    run("train.py", *options, *TINY_NETWORK, *TINY_RUN, "--num_workers", "1", "--workdir", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "DDPMpp-000003.pth"
+    run("eval.py", "--checkpoint", checkpoint, "--workdir", tmp_path / "out", "--end_seed", "2", "--num_steps", "2", "--sde")
+    assert Image.open(tmp_path / "out" / "000002.png").mode == "RGB"
