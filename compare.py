@@ -51,27 +51,20 @@ def draw_images(models, run):
     import matplotlib.pyplot as plt
 
     rows, columns = run.nsampling, len(run.num_steps)
-    fig, axes = plt.subplots(1, 2, figsize=(1.6 + 1.2 * columns, 0.8 + 0.6 * rows), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(1.4 * columns + 1, 0.62 * rows + 0.7), layout="constrained")
     for ax, (mode, trained) in zip(axes, models.items()):
         blocks, evaluations = [], []
         for steps in run.num_steps:
             model = with_steps(trained, steps)
             blocks.append(torch.cat([images for _, images in misc.generate(model, range(rows), f"{mode}, {steps} steps")]))
             evaluations.append(misc.nfe(model.config))
-        images = torch.stack(blocks, 1)  # (rows, columns, C, H, W)
-        _, _, channels, height, width = images.shape
-        picture = images.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
-        ax.imshow(
-            picture.expand(-1, -1, 3) if channels == 1 else picture, extent=(0, columns, rows, 0), interpolation="nearest"
-        )
-        ax.set(title=TITLES[mode], xlabel="network evaluations", ylabel="seed", aspect="equal")
-        ax.set_xticks([i + 0.5 for i in range(columns)], evaluations)
-        ax.set_yticks([i + 0.5 for i in range(rows)], range(rows))
+        picture, cell = misc.tile(torch.stack(blocks, 1).flatten(0, 1), columns)
+        ax.imshow(picture.permute(1, 2, 0))
+        ax.set(title=TITLES[mode], xlabel="network evaluations", ylabel="seed")
+        ax.set_xticks([(i + 0.5) * cell for i in range(columns)], evaluations)
+        ax.set_yticks([(i + 0.5) * cell for i in range(rows)], range(rows))
         ax.tick_params(length=0)
-        for i in range(1, columns):
-            ax.axvline(i, color="white", lw=1)
-        for i in range(1, rows):
-            ax.axhline(i, color="white", lw=1)
+        ax.spines[:].set_visible(False)
     with misc.atomic(run.dest) as temporary:
         fig.savefig(temporary, dpi=150, format="png")
     plt.close(fig)

@@ -66,15 +66,22 @@ def write_png(path, image):
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
 
 
-def write_grid(path, images, columns):
-    """uint8 images (N, C, H, W) as one picture with so many columns, small ones enlarged without smoothing."""
+def tile(images, columns):
+    """uint8 images (N, C, H, W) as one picture (3, H', W') with so many columns and white gaps; small images are enlarged.
+
+    Returns the picture and the size in pixels of one cell, an image and its gap.
+    """
     from torchvision.utils import make_grid  # slow to import, and most runs draw nothing
 
     scale = max(1, 64 // images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(images, nrow=columns, padding=scale, pad_value=255), images.shape[-1] + scale
+
+
+def write_grid(path, images, columns):
+    """PNG file of tile(images, columns)."""
     with atomic(path) as temporary:
-        picture = make_grid(images, nrow=columns, padding=scale, pad_value=255)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        Image.fromarray(tile(images, columns)[0].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
 
 
 def file_hash(path):
