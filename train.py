@@ -194,18 +194,18 @@ def learning_rate(step, train):
     return train.lr * warmup * decay
 
 
-def accumulate(model, objective, rounds):
-    """Gradients of the mean of the objective over `rounds` and ranks, left in .grad; returns the means of what to log.
+def accumulate(model, objective, draw, rounds):
+    """Gradients of the mean of the objective over rounds and ranks, left in .grad; returns the means over rounds of its logs.
 
-    `rounds` is a list of argument tuples for the objective.
+    draw(r) gives the objective's arguments for round r of `rounds`.
     """
     totals = {}
-    for arguments in rounds:
-        loss, logs = objective(*arguments)
-        (loss / len(rounds)).backward()
+    for r in range(rounds):
+        loss, logs = objective(*draw(r))
+        (loss / rounds).backward()
         for name, value in logs.items():
-            totals[name] = totals.get(name, 0.0) + value.detach() / len(rounds)
-    dist_util.average_gradients([p for p in model.parameters() if p.requires_grad])
+            totals[name] = totals.get(name, 0.0) + value.detach() / rounds
+    dist_util.average_gradients(list(model.parameters()))
     return totals
 
 
@@ -240,6 +240,20 @@ def prepare_workdir(workdir, config, resuming):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
 
 
+def resume(path, model, ema, optim, config):
+    """Load weights, average and optimizer; returns the step to continue at."""
+    content = misc.load_checkpoint(path)
+    if "config" not in content or "optim" not in content:
+        raise UserError(f"{path} holds no run to continue: it was not written by train.py")
+    made = defaults.from_dict(content["config"])
+    if made.task != config.task or made.data.data_name != config.data.data_name:
+        raise UserError(f"{path} is of a run with --data_name {made.data.data_name} --mode {made.task.mode}: say the same")
+    misc.load_weights(model.net, content["model"], path)
+    misc.load_weights(ema.module.net, content["ema"], path)
+    optim.load_state_dict(content["optim"])
+    return content["step"]
+
+
 def draw_samples(path, model, config, mean):
     """Grid of --nsampling images of seeds 0, 1, ... from a model with the sampling settings."""
     trained = misc.Trained(model, config, mean, 0, "")
@@ -269,6 +283,12 @@ def draw_loss_curve(workdir):
     plt.close(fig)
 
 
+def seed_round(generator, seed, step, r):
+    """Start this rank's random streams for a round of a step: `generator` for noise and times, torch's own for dropout."""
+    generator.manual_seed(misc.derive_seed(seed, "noise", step, r, dist_util.rank()))
+    torch.manual_seed(misc.derive_seed(seed, "dropout", step, r, dist_util.rank()))
+
+
 def train(run, flags, device):
     config, teacher = dist_util.agree(lambda: configure(run, flags, device))
     cfg, rank, world = config.train, dist_util.rank(), dist_util.world_size()
@@ -277,12 +297,15 @@ def train(run, flags, device):
             f"--global_bsz is {cfg.global_bsz}: it must be a multiple of --bsz times the ranks, {cfg.bsz} x {world}"
         )
     rounds = cfg.global_bsz // (cfg.bsz * world)
+    dataset = dist_util.agree(lambda: misc.load_data(config.data))
+    classes = int(dataset.labels.max()) + 1
+    if config.network.label_dim and config.network.label_dim < classes:
+        raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
     workdir = Path(run.workdir or f"logs/{config.data.data_name}-{config.task.mode}")
     dist_util.on_first_rank(lambda: prepare_workdir(workdir, config, run.resume))
     for name, section in defaults.to_dict(config).items():
         misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
 
-    dataset = dist_util.agree(lambda: misc.load_data(config.data))
     mean = teacher.mean if teacher else misc.data_mean(dataset, config.data.centered).to(device)
 
     torch.manual_seed(cfg.seed)
@@ -294,6 +317,8 @@ def train(run, flags, device):
     start = 0
     if run.resume:
         start = dist_util.agree(lambda: resume(run.resume, model, ema, optim, config))
+        if start >= cfg.train_steps:
+            raise UserError(f"{run.resume} is at step {start} already: to train longer, raise --train_steps")
         misc.log(f"continuing {run.resume} at step {start} of {cfg.train_steps}")
 
     if not teacher:
@@ -307,9 +332,8 @@ def train(run, flags, device):
     generator = torch.Generator(device)
     sums, since, clock = {}, 0, time.perf_counter()
 
-    def next_round(step, r):
-        generator.manual_seed(misc.derive_seed(cfg.seed, "noise", step, r, rank))
-        torch.manual_seed(misc.derive_seed(cfg.seed, "dropout", step, r, rank))
+    def draw_round(step, r):
+        seed_round(generator, cfg.seed, step, r)
         images, labels = next(data)
         x0 = misc.to_model(images.to(device, non_blocking=True), config.data.centered)
         return x0, misc.one_hot(labels.to(device), config.network.label_dim), generator
@@ -319,7 +343,7 @@ def train(run, flags, device):
             if teacher:
                 objective.start_step(step)
             optim.zero_grad(set_to_none=True)
-            logs = accumulate(model, objective, Rounds(next_round, step, rounds))
+            logs = accumulate(model, objective, lambda r: draw_round(step, r), rounds)
             logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optim.param_groups:
                 group["lr"] = learning_rate(step, cfg)
@@ -342,42 +366,16 @@ def train(run, flags, device):
                     with open(workdir / "metrics.jsonl", "a") as file:
                         file.write(json.dumps(line) + "\n")
                 sums, since, clock = {}, 0, time.perf_counter()
-            last = done == cfg.train_steps
+            last, paused = done == cfg.train_steps, time.perf_counter()
             if cfg.sampling_freq and (done % cfg.sampling_freq == 0 or last):
                 picture = workdir / "samples" / f"{done:06d}.png"
                 dist_util.on_first_rank(lambda: draw_samples(picture, ema.module, config, mean))
             if done % cfg.dump_freq == 0 or last:
                 dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, model, ema, optim, done, config, mean.cpu()))
-    if rank == 0 and (workdir / "metrics.jsonl").exists():
+            clock += time.perf_counter() - paused  # images/s is that of training
+    if rank == 0:
         draw_loss_curve(workdir)
         print(workdir / f"DDPMpp-{cfg.train_steps:06d}.pth")
-
-
-class Rounds:
-    """The accumulation rounds of a step, each read and drawn when its turn comes."""
-
-    def __init__(self, draw, step, count):
-        self.draw, self.step, self.count = draw, step, count
-
-    def __len__(self):
-        return self.count
-
-    def __iter__(self):
-        return (self.draw(self.step, r) for r in range(self.count))
-
-
-def resume(path, model, ema, optim, config):
-    """Load weights, average and optimizer; returns the step to continue at."""
-    content = misc.load_checkpoint(path)
-    if "config" not in content or "optim" not in content:
-        raise UserError(f"{path} holds no run to continue: it was not written by train.py")
-    made = defaults.from_dict(content["config"])
-    if made.task != config.task or made.data.data_name != config.data.data_name:
-        raise UserError(f"{path} is of a run with --data_name {made.data.data_name} --mode {made.task.mode}: say the same")
-    misc.load_weights(model.net, content["model"], path)
-    misc.load_weights(ema.module.net, content["ema"], path)
-    optim.load_state_dict(content["optim"])
-    return content["step"]
 
 
 def main():

@@ -11,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # the models here are tiny; threads would only wait for each other
+
 # The smallest network and run on the digits.
 TINY_NETWORK = ["--model_channels", "8", "--channel_mult", "1", "2", "--num_blocks", "1", "--attn_resolutions", "4"]
 TINY_RUN = ["--train_steps", "3", "--bsz", "8", "--global_bsz", "16", "--log_freq", "1", "--sampling_freq", "3"]
