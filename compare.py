@@ -1,7 +1,7 @@
 """Draw ODE against flow map: same seeds, 1, 2, 5, 10 and 20 steps, side by side; with --ref_path, their pixel FID curves.
 
   python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png
-  python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png --ref_path stats/digits.npz --end_seed 1999
+  python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png --ref_path stats/digits.npz --end_seed 1799
 
 The picture's rows are seeds, its two blocks the denoiser's ODE and the flow map.  The curves go to compare-fid.png and
 compare-fid.csv, beside the picture.
@@ -32,7 +32,7 @@ class Run:
     num_steps: tuple[int, ...] = setting((1, 2, 5, 10, 20), "numbers of steps to compare")
     nsampling: int = setting(8, "rows of the picture: seeds from 0")
     ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for the curves")
-    end_seed: int = setting(1999, "last seed, included, of the images scored for the curves")
+    end_seed: int = setting(1799, "last seed, included, of the images scored for the curves")
     images: str | None = setting(
         None, "folder with the images of eval.py in folders {mode}-{steps}, to score those instead of making them again"
     )

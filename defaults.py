@@ -172,8 +172,8 @@ NETWORK_COLUMNS = ("model_channels", "channel_mult", "num_blocks", "attn_resolut
 
 TRAIN_PRESETS = {
     # data_name, mode              steps   global_bsz  bsz   lr    warm-up  decay     EMA     eps0   logs  samples  dump
-    ("digits", "denoiser"):       (700,    128,        128,  4e-3, 100,     "cosine", 0.995,  1e-3,  50,   350,     700),
-    ("digits", "characteristic"): (600,    128,        128,  4e-3, 50,      "cosine", 0.98,   1e-2,  50,   300,     600),
+    ("digits", "denoiser"):       (600,    128,        128,  4e-3, 100,     "cosine", 0.995,  1e-3,  50,   300,     600),
+    ("digits", "characteristic"): (500,    128,        128,  4e-3, 50,      "cosine", 0.98,   1e-2,  50,   250,     500),
     ("mnist",  "denoiser"):       (10000,  1024,       256,  1e-3, 500,     "none",   0.999,  1e-5,  100,  1000,    2500),
     ("mnist",  "characteristic"): (2000,   256,        256,  1e-3, 200,     "none",   0.999,  1e-5,  50,   200,     500),
     ("cifar",  "denoiser"):       (400000, 1024,       128,  2e-4, 500,     "none",   0.9999, 1e-5,  100,  5000,    10000),
@@ -189,7 +189,9 @@ TRAIN_COLUMNS = (
 )  # fmt: skip
 
 OTHER_PRESETS = {
-    "digits": {"eval_eps0": 1e-2, "eval_bsz": 500, "bank_size": 2048, "dsm_weight": 0.5},
+    "digits": {"eval_eps0": 1e-2, "eval_bsz": 500, "bank_size": 2048, "bank_refresh_freq": 64, "dsm_weight": 0.5},
+    "afhq": {"bank_size": 2048, "bank_dtype": "float16"},
+    "folder": {"bank_size": 2048, "bank_dtype": "float16"},
 }
 
 

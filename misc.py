@@ -484,6 +484,7 @@ def nfe(config):
     return 2 * n - 1 if heun else n
 
 
+@torch.inference_mode()
 def solve(trained, seeds):
     """Yield the states (B, C, H, W), from noise to data, of the images with these seeds; the last are the images.
 
@@ -518,8 +519,7 @@ def solve(trained, seeds):
         return x, t
 
     ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
-    with torch.inference_mode():
-        yield from sde.sample(step, x, ts, churn if sampling.churn else None)
+    yield from sde.sample(step, x, ts, churn if sampling.churn else None)
 
 
 def generate(trained, seeds, desc="sampling"):

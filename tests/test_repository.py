@@ -75,10 +75,10 @@ def test_readme_commands_are_parsed_by_their_scripts(command):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[script].startswith("benchmarks/"):
         assert (ROOT / words[script]).is_file()
-        assert not subprocess.run([f"{ROOT}/.venv/bin/python", ROOT / words[script], "--help"], capture_output=True).returncode
+        run(words[script], "--help")
         return
     module = importlib.import_module(words[script].removesuffix(".py"))
-    run, flags = defaults.parse(module.Run, sections_of(module), words[script + 1 :])
+    _, flags = defaults.parse(module.Run, sections_of(module), words[script + 1 :])
     if "mode" in flags or "data_name" in flags:
         defaults.resolve(flags)
 
