@@ -80,7 +80,8 @@ def image_statistics(trained, mode, steps, run):
     n, mu, sigma, metadata = misc.folder_statistics(folder)
     made_by = metadata["made_by"]
     sampling = defaults.to_dict(with_steps(trained, steps).config)["sampling"]
-    sampling.pop("eval_bsz")
+    for name in ["eval_bsz"] + ["ode_solver", "sde"] * (mode == "characteristic"):  # these change no image
+        sampling.pop(name)
     found = made_by.get("config", {}).get("sampling", {})
     different = [k for k in sampling if found.get(k) != sampling[k]]
     if made_by.get("sha256") != misc.file_hash(trained.path) or different:
@@ -90,10 +91,8 @@ def image_statistics(trained, mode, steps, run):
     return n, mu, sigma
 
 
-def draw_curves(models, run):
-    """The pixel FID of both models against evaluations: a picture and a CSV file."""
-    import matplotlib.pyplot as plt
-
+def score(models, run):
+    """The rows of the curves' table: mode, nfe, n, pixel_fid."""
     mu_ref, sigma_ref, _ = misc.read_statistics(run.ref_path)
     rows = []
     for mode, trained in models.items():
@@ -103,13 +102,25 @@ def draw_curves(models, run):
                 raise UserError(f"{run.ref_path} has {len(mu_ref)} features, the images {len(mu)}: it is of another data set")
             value = misc.frechet_distance(mu_ref, sigma_ref, mu, sigma)
             rows.append({"mode": mode, "nfe": misc.nfe(with_steps(trained, steps).config), "n": n, "pixel_fid": f"{value:.4f}"})
+    if len({row["n"] for row in rows}) > 1:
+        raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
+    return rows
+
+
+def draw_curves(rows, run):
+    """The pixel FID of both models against evaluations: a picture and a CSV file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     stem = Path(run.dest).with_suffix("")
     with misc.atomic(f"{stem}-fid.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     fig, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    for mode in models:
+    for mode in TITLES:
         mine = [row for row in rows if row["mode"] == mode]
         ax.plot([row["nfe"] for row in mine], [float(row["pixel_fid"]) for row in mine], "o-", label=TITLES[mode])
     ax.set(xlabel="network evaluations", ylabel=f"pixel FID, {rows[0]['n']} images", xscale="log", yscale="log")
@@ -139,8 +150,9 @@ def main():
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
         if models["denoiser"].mean.shape != models["characteristic"].mean.shape:
             raise UserError("the two checkpoints make images of different shapes")
+        rows = score(models, run) if run.ref_path else []
         draw_images(models, run)
-        for path in [run.dest] + (draw_curves(models, run) if run.ref_path else []):
+        for path in [run.dest] + (draw_curves(rows, run) if rows else []):
             print(path)
 
 

@@ -72,7 +72,11 @@ class Train:
     bsz: int = setting(128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks")
     lr: float = setting(1e-3, "learning rate (RAdam, gradient norm clipped to 1)")
     lr_rampup_steps: int = setting(500, "steps of linear warm-up")
-    lr_decay: str = setting("none", "after the warm-up: constant rate, or half a cosine down to 0", ("none", "cosine"))
+    lr_decay: str = setting(
+        "none",
+        "the rate, besides the warm-up: constant, or half a cosine from the first step to 0 at the last",
+        ("none", "cosine"),
+    )
     ema_decay: float = setting(0.999, "decay per step of the average of the weights: min(this, (1 + step)/(10 + step))")
     train_eps0: float = setting(1e-5, "least time trained, and last positive point of stage 2's grid (t = 0 is data)")
     train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this")
@@ -189,7 +193,7 @@ TRAIN_COLUMNS = (
 )  # fmt: skip
 
 OTHER_PRESETS = {
-    "digits": {"eval_eps0": 1e-2, "eval_bsz": 500, "bank_size": 2048, "bank_refresh_freq": 64, "dsm_weight": 0.5},
+    "digits": {"eval_eps0": 1e-2, "eval_bsz": 300, "bank_size": 2048, "bank_refresh_freq": 64, "dsm_weight": 0.5},
     "afhq": {"bank_size": 2048, "bank_dtype": "float16"},
     "folder": {"bank_size": 2048, "bank_dtype": "float16"},
 }
@@ -326,6 +330,8 @@ def check(config):
         fail("to_data_share", config.distil.to_data_share, "at most 1 - one_step_share")
     if config.task.mode == "characteristic" and config.distil.objective == "trajectory" and config.distil.dsm_share == 1:
         fail("dsm_share", config.distil.dsm_share, "below 1")
+    if config.task.mode == "characteristic" and sampling.sde:
+        fail("sde", True, "left out: the flow map has no SDE (mode denoiser has)")
     if sampling.s_min > sampling.s_max:
         fail("s_min", sampling.s_min, f"at most s_max, which is {sampling.s_max}")
     if net.label_dim and sampling.class_idx >= net.label_dim:
@@ -378,7 +384,7 @@ def parse(own, sections, argv=None, description=""):
     parser = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_preset_table() if "train" in sections else None,
+        epilog=_preset_table([f.name for name in sections for f in fields(SECTIONS[name])]),
         allow_abbrev=False,
     )
     by_preset = {name for key in TRAIN_PRESETS for name in preset(*key)}
@@ -400,13 +406,16 @@ def required(settings, *names):
             raise UserError(f"--{name} is missing: {next(f for f in fields(settings) if f.name == name).metadata['help']}")
 
 
-def _preset_table():
-    rows = [("data_name", "mode", *DATA_COLUMNS, *NETWORK_COLUMNS, *TRAIN_COLUMNS)]
-    for name, mode in TRAIN_PRESETS:
-        values = preset(name, mode)
-        rows.append((name, mode, *(values[column] for column in rows[0][2:])))
-    # one line a setting, one column a preset, so that it fits a terminal
-    columns = [[" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in row] for row in rows]
+def _preset_table(wanted):
+    """The presets of the settings in `wanted`: one line a setting, one column a preset, so that it fits a terminal."""
+    others = sorted({name for values in OTHER_PRESETS.values() for name in values})
+    names = [name for name in (*DATA_COLUMNS, *NETWORK_COLUMNS, *TRAIN_COLUMNS, *others) if name in wanted]
+    columns = [["data_name", "mode", *names]]
+    for data_name, mode in TRAIN_PRESETS:
+        config = resolve({"data_name": data_name, "mode": mode})
+        values = {k: v for section in vars(config).values() for k, v in vars(section).items()}
+        shown = (" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in map(values.get, names))
+        columns.append([data_name, mode, *shown])
     widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in zip(*columns)]
+    lines = ("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in zip(*columns))
     return "presets:\n" + "\n".join("  " + line for line in lines)

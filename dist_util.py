@@ -14,7 +14,11 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """A mistake of the user's; its text says what is wrong and how to mend it, in one line."""
+    """A mistake of the user's, met by all ranks together; its text says what is wrong and how to mend it, in one line."""
+
+
+class LoneError(UserError):
+    """One that this rank met by itself, while the others are at work."""
 
 
 def rank():
@@ -31,6 +35,8 @@ def session():
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine: lower it")
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -44,11 +50,11 @@ def session():
 
 
 def launch(main):
-    """Run a script's main(); a UserError, which all ranks raise together, becomes one line and exit status 2."""
+    """Run a script's main(); a UserError becomes one line, from one rank, and exit status 2."""
     try:
         main()
     except UserError as error:
-        if rank() == 0:
+        if rank() == 0 or isinstance(error, LoneError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
@@ -89,7 +95,7 @@ def sum_over_ranks(tensor):
     """Elementwise sum of the ranks' tensors, on the tensor's device."""
     if not dist.is_initialized():
         return tensor
-    total = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
+    total = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
 

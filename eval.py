@@ -28,7 +28,7 @@ class Run:
 
 
 def prepare(workdir, trained, run):
-    """Make the folder and write eval.json; UserError if it holds images made in another way."""
+    """Make the folder and write eval.json; UserError if there is anything in it already."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file: choose a folder")
     if workdir.exists() and any(workdir.iterdir()):

@@ -36,12 +36,12 @@ class Run:
 
 COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
-    "n", "features", "sha256",
+    "n", "start_seed", "end_seed", "class_idx", "eps1", "rho", "features", "reference", "sha256",
 )  # fmt: skip
 
 
-def append_row(path, value, n, made_by):
-    """One line of `path`, with a header if it is new.  What is unknown of images not made by eval.py stays empty."""
+def append_row(path, value, n, made_by, reference):
+    """One line of `path`, with a header if it is new; hashes are SHA-256.  What is unknown of others' images stays empty."""
     config = made_by.get("config", {})
     mode, data, sampling = (config.get(name, {}) for name in ("task", "data", "sampling"))
     mode = mode.get("mode")
@@ -50,9 +50,13 @@ def append_row(path, value, n, made_by):
         "mode": mode, "dataset": data.get("data_name"), "step": made_by.get("step"), "solver": solver,
         "num_steps": sampling.get("num_steps"), "nfe": made_by.get("nfe"), "eps0": sampling.get("eval_eps0"),
         **{name: sampling.get(name) for name in ("churn", "s_min", "s_max", "gamma")},
-        "FID": f"{value:.4f}", "n": n, "features": "pixels", "sha256": made_by.get("sha256"),
+        "FID": f"{value:.4f}", "n": n, "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
+        "class_idx": sampling.get("class_idx"), "eps1": sampling.get("eval_eps1"), "rho": sampling.get("rho"),
+        "features": "pixels", "reference": misc.file_hash(reference), "sha256": made_by.get("sha256"),
     }  # fmt: skip
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--csv {path} is a folder: name a file")
     old = path.read_text() if path.exists() else ""
     with misc.atomic(path) as temporary, open(temporary, "w", newline="") as file:
         file.write(old)
@@ -86,7 +90,7 @@ def score(run):
         )
     value = misc.frechet_distance(mu_ref, sigma_ref, mu, sigma)
     if run.csv:
-        dist_util.on_first_rank(lambda: append_row(run.csv, value, n, metadata.get("made_by", {})))
+        dist_util.on_first_rank(lambda: append_row(run.csv, value, n, metadata.get("made_by", {}), run.ref_path))
     return f"{value:.4f}"
 
 

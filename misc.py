@@ -8,8 +8,9 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +23,31 @@ import defaults
 import dist_util
 import network
 import sde
-from dist_util import UserError
+from dist_util import LoneError, UserError
 
 # --------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
-def atomic(path):
+def atomic(path, sync=True):
     """A temporary path beside `path` to write to, renamed to it on success and removed on failure.
 
-    Whoever looks sees the whole file or none.  UserError when the disk refuses.
+    Whoever looks sees the whole file or none; with `sync`, even after a power cut.  UserError when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -52,18 +55,15 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def picture(image):
+    """uint8 tensor (C, H, W), C = 1 or 3, as a Pillow image."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
 def write_png(path, image):
-    """uint8 tensor (C, H, W), C = 1 or 3, to a PNG file, atomically but without waiting for the disk."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()).save(
-            temporary, format="PNG"
-        )
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+    """PNG file of a uint8 tensor (C, H, W): atomic, but without waiting for the disk."""
+    with atomic(path, sync=False) as temporary:
+        picture(image).save(temporary, format="PNG")
 
 
 def tile(images, columns):
@@ -81,7 +81,7 @@ def tile(images, columns):
 def write_grid(path, images, columns):
     """PNG file of tile(images, columns)."""
     with atomic(path) as temporary:
-        Image.fromarray(tile(images, columns)[0].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        picture(tile(images, columns)[0]).save(temporary, format="PNG")
 
 
 def file_hash(path):
@@ -135,7 +135,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __init__(self, path, size=None, channels=None):
         self.path, self.size, self.channels = Path(path), size, channels
-        self.zip = None  # opened by the process that reads
+        self.zip = self.zip_owner = None
         try:
             if self.path.is_dir():
                 names = [f.relative_to(self.path).as_posix() for f in self.path.rglob("*") if f.is_file()]
@@ -157,6 +157,9 @@ class ImageFiles(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.names)
 
+    def __getstate__(self):
+        return {**self.__dict__, "zip": None, "zip_owner": None}
+
     def read(self, index):
         """uint8 tensor (C, H, W)."""
         name = self.names[index]
@@ -164,11 +167,12 @@ class ImageFiles(torch.utils.data.Dataset):
             if self.path.is_dir():
                 data = (self.path / name).read_bytes()
             else:
-                self.zip = self.zip or zipfile.ZipFile(self.path)
+                if self.zip_owner != os.getpid():  # a forked worker must not share its parent's place in the file
+                    self.zip, self.zip_owner = zipfile.ZipFile(self.path), os.getpid()
                 data = self.zip.read(name)
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read image {name} in {self.path}: {error}") from error
         if self.size is not None:
             image = image.convert("L" if self.channels == 1 else "RGB")
@@ -192,7 +196,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 TORCHVISION_FILES = {
-    "mnist": ("MNIST", "MNIST/raw", "{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz"),
+    "mnist": ("MNIST", "MNIST/raw", "the unpacked {train,t10k}-{images-idx3,labels-idx1}-ubyte"),
     "cifar": ("CIFAR10", "cifar-10-batches-py", "data_batch_1 ... data_batch_5, test_batch, batches.meta"),
 }
 
@@ -226,7 +230,7 @@ def _torchvision_data(name, root):
             return getattr(datasets, class_name)(root, train=True, download=download)
         except (RuntimeError, OSError) as error:  # URLError is an OSError
             raise UserError(
-                f"{name} is not in {Path(root) / folder} and could not be downloaded ({str(error).splitlines()[0]}): "
+                f"{name} is not in {Path(root) / folder} and could not be downloaded ({' '.join(str(error).split())}): "
                 f"put {files} there, or use --data_name digits"
             ) from error
 
@@ -301,18 +305,23 @@ class Batches:
 
 
 def batches(dataset, data, train, start):
-    """Endless iterator over (uint8 images (bsz, C, H, W), labels (bsz,)), one item a round, for this rank."""
+    """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round, for this rank.
+
+    LoneError for an image that cannot be read.
+    """
     sampler = Batches(len(dataset), train.seed, start, train.global_bsz, train.bsz)
-    return iter(
-        torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=data.num_workers > 0,
-        )
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_as_it_is,
+        num_workers=data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=data.num_workers > 0,
     )
+    try:
+        yield from loader
+    except UserError as error:  # a worker's comes with its traceback in the text
+        raise LoneError(str(error).strip().splitlines()[-1].removeprefix("dist_util.UserError: ")) from error
 
 
 def _as_it_is(batch):
@@ -349,7 +358,10 @@ def build_model(config):
     net, data = dataclasses.asdict(config.network), config.data
     sigma_data, M = net.pop("sigma_data"), net.pop("M")
     two_times = config.task.mode == "characteristic"
-    unet = network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
+    try:
+        unet = network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
+    except ValueError as error:  # of GroupNorm
+        raise UserError(f"--model_channels {config.network.model_channels} does not suit the network: {error}") from error
     return network.Denoiser(unet, sigma_data, M)
 
 
@@ -420,29 +432,37 @@ class Trained:
     mean: torch.Tensor  # (C, H, W), zeros where the checkpoint does not say
     step: int
     path: str
+    knows_mean: bool = True
 
     def describe(self):
         """What statistics and result files record about a model."""
         return {"checkpoint": str(self.path), "sha256": file_hash(self.path), "step": self.step}
 
 
-def load_model(path, flags, device):
-    """Trained model of a checkpoint, its settings overridden by explicit flags.
+def override(config, flags, path):
+    """The configuration of the checkpoint `path` with explicit flags over it.
 
-    What shaped the weights (data, network, mode) cannot be overridden: UserError.  A checkpoint without configuration
-    (published by others) takes everything from flags and presets.
+    UserError for what shaped the weights (mode, data, network) and cannot be another.
+    """
+    free = ("data_path", "num_workers", "dropout", "label_dropout")
+    for name in ("task", "data", "network"):
+        for key, value in vars(getattr(config, name)).items():
+            if key not in free and flags.get(key, value) != value:
+                raise UserError(f"--{key} is {flags[key]}, but {path} was made with {value}: leave it out")
+    return defaults.resolve(flags, config)
+
+
+def load_model(path, flags, device):
+    """Trained model of a checkpoint, its settings overridden by explicit flags where that makes sense.
+
+    A checkpoint without configuration (published by others) takes everything from flags and presets.  UserError where
+    flags, weights and configuration disagree.
     """
     content = load_checkpoint(path)
     flags = dict(flags)
     two_times = any(".affine_s." in k for k in content["ema"])
     if "config" in content:
-        config = defaults.from_dict(content["config"])
-        for name in ("task", "data", "network"):
-            section = getattr(config, name)
-            for key in flags.keys() & vars(section).keys():
-                if key not in ("data_path", "num_workers") and flags[key] != getattr(section, key):
-                    raise UserError(f"--{key} is {flags[key]}, but {path} was made with {getattr(section, key)}: leave it out")
-        config = defaults.resolve(flags, config)
+        config = override(defaults.from_dict(content["config"]), flags, path)
     else:
         if "data_name" not in flags:
             raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
@@ -453,11 +473,12 @@ def load_model(path, flags, device):
     model = build_model(config)
     load_weights(model.net, content["ema"], path)
     mean = content.get("mean")
-    if mean is None:
+    knows_mean = mean is not None
+    if not knows_mean:
         log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
         mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
     model = model.eval().requires_grad_(False).to(device)
-    return Trained(model, config, mean.to(device), int(content.get("step", 0)), path)
+    return Trained(model, config, mean.to(device), int(content.get("step", 0)), path, knows_mean)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -544,15 +565,19 @@ def statistics(dataset, bsz=500):
     mine = range(dist_util.rank(), len(dataset), dist_util.world_size())
 
     def add_up():
-        dimension = dataset.__getitems__([0])[0][0].numel()
+        shape = dataset.__getitems__([0])[0].shape[1:]
+        dimension = shape.numel()
+        if dimension > 20000:  # the matrix alone would take 3 GB
+            raise UserError(f"images of {'x'.join(map(str, shape))} have {dimension} pixel features: that is too many to score")
         total, outer = torch.zeros(dimension, dtype=torch.float64), torch.zeros(dimension, dimension, dtype=torch.float64)
         with progress(len(mine), "statistics") as bar:
             for start in range(0, len(mine), bsz):
-                pixels = dataset.__getitems__(list(mine[start : start + bsz]))[0].flatten(1).double()
-                if pixels.shape[1] != dimension:
+                images = dataset.__getitems__(list(mine[start : start + bsz]))[0]
+                if images.shape[1:] != shape:
                     raise UserError(
                         f"images of different sizes in {dataset.path}: all must have the size of {dataset.names[0]}"
                     )
+                pixels = images.flatten(1).double()
                 total += pixels.sum(0)
                 outer.addmm_(pixels.T, pixels)
                 bar.update(len(pixels))
@@ -608,9 +633,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def folder_statistics(path):
-    """(n, mu, sigma, metadata) of a folder or zip of images; metadata holds eval.py's record, if there is one."""
+    """(n, mu, sigma, metadata) of a folder or zip of images; metadata["made_by"] is eval.py's record, or empty.
+
+    UserError if the folder lacks images that the record speaks of.
+    """
     dataset = dist_util.agree(lambda: ImageFiles(path))
+    record, made_by = Path(path) / "eval.json", {}
+    if record.is_file():
+        try:
+            made_by = json.loads(record.read_text())
+            expected = made_by["end_seed"] - made_by["start_seed"] + 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{record} is damaged: make the images again, or remove it") from error
+        if len(dataset) != expected:
+            raise UserError(
+                f"{path} holds {len(dataset)} of the {expected} images that its eval.json speaks of: make them again"
+            )
     n, mu, sigma = statistics(dataset)
-    record = Path(path) / "eval.json"
-    made_by = json.loads(record.read_text()) if record.is_file() else {}
     return n, mu, sigma, {"source": str(path), "made_by": made_by}

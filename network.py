@@ -130,7 +130,7 @@ class UNet(nn.Module):
     img_resolution   height and width, divisible by 2**(len(channel_mult) - 1)
     img_channels     channels in and out
     architecture     "ddpmpp" or "ncsnpp"
-    label_dim        classes, 0 for none
+    label_dim        classes, 0 for none; with classes, every call needs labels
     label_dropout    probability of hiding the label from one training image
     two_times        with the second time's layers
     """

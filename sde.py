@@ -265,6 +265,6 @@ def semigroup_losses(denoise, ema, teacher_step, x0, z, i, j, k, ts, z_dsm, t, s
 
 
 def adaptive_weight(loss, other, weight):
-    """Ratio of the gradient norms of two scalar losses at a layer's `weight`: other times it pulls as hard as loss does."""
+    """Ratio of the gradient norms of two scalar losses at a layer's `weight`, at most 1e4: other times it pulls as hard."""
     norm, norm_other = (torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (loss, other))
     return (norm / norm_other.clamp(min=1e-12)).clamp(max=1e4)

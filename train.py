@@ -1,7 +1,7 @@
 """Train the denoiser (stage 1) or distil its ODE into the flow map (stage 2).
 
 python train.py --data_name digits --mode denoiser --workdir logs/digits-denoiser
-python train.py --data_name digits --mode characteristic --teacher logs/digits-denoiser/DDPMpp-001000.pth
+python train.py --data_name digits --mode characteristic --teacher logs/digits-denoiser/DDPMpp-000600.pth
 torchrun --nproc_per_node=4 train.py --data_name cifar --mode denoiser --bsz 256
 """
 
@@ -94,6 +94,9 @@ class Trajectory(Distillation):
     def __init__(self, model, config, teacher, device, start):
         super().__init__(model, config, teacher, device)
         distil, self.bsz = config.distil, config.train.bsz
+        self.n_dsm = round(distil.dsm_share * self.bsz) if distil.dsm_weight else 0
+        if self.n_dsm == self.bsz or (self.n_dsm == 0 and distil.dsm_weight and distil.dsm_share):
+            raise UserError(f"--dsm_share {distil.dsm_share} leaves one of the losses no image of a --bsz of {self.bsz}")
         K, shape = config.sampling.num_steps, teacher.mean.shape
         self.pairs = sde.pair_probabilities(K, distil.one_step_share, distil.to_data_share).flatten().to(device)
         self.slots = math.ceil(distil.bank_size / self.bsz)
@@ -132,7 +135,7 @@ class Trajectory(Distillation):
 
     def __call__(self, x0, label, generator):
         K = len(self.ts) - 1
-        n_dsm = round(self.config.distil.dsm_share * len(x0))
+        n_dsm = self.n_dsm
         n = len(x0) - n_dsm
         pair = torch.multinomial(self.pairs, n, replacement=True, generator=generator)
         k, l = pair // (K + 1), pair % (K + 1)
@@ -213,52 +216,69 @@ def accumulate(model, objective, draw, rounds):
 
 
 def configure(run, flags, device):
-    """(configuration, teacher or None): a student takes its data and network from its teacher."""
-    if flags.get("mode", "denoiser") == "denoiser":
+    """(configuration, teacher or None, checkpoint to continue from or None), or UserError.
+
+    A run that continues takes its settings from its checkpoint, a student its data and network from its teacher.
+    """
+    saved = load_run(run.resume) if run.resume else None
+    if saved:
+        config = misc.override(defaults.from_dict(saved["config"]), flags, run.resume)
+        if saved["step"] >= config.train.train_steps:
+            raise UserError(f"{run.resume} is at step {saved['step']} already: to train longer, raise --train_steps")
+    mode = config.task.mode if saved else flags.get("mode", "denoiser")
+    if mode == "denoiser":
         if run.teacher:
             raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
-        return defaults.resolve(flags), None
+        return config if saved else defaults.resolve(flags), None, saved
     if not run.teacher:
         raise UserError("--teacher is missing: stage 2 distils a checkpoint of stage 1 (train.py --mode denoiser)")
     teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
     if teacher.config.task.mode != "denoiser":
         raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
-    inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
-    return defaults.resolve({**inherited, **flags}), teacher
+    if not saved:
+        config = defaults.resolve({**vars(teacher.config.data), **vars(teacher.config.network), **flags})
+    elif (config.network, config.data) != (teacher.config.network, teacher.config.data):
+        raise UserError(f"{run.teacher} is not the teacher of {run.resume}: their data or networks differ")
+    return config, teacher, saved
 
 
-def prepare_workdir(workdir, config, resuming):
-    """Make the folder, refuse one that holds another run, and save the configuration."""
+def load_run(path):
+    """The dict of a checkpoint that train.py wrote."""
+    saved = misc.load_checkpoint(path)
+    if not {"config", "optim", "step", "mean"} <= saved.keys():
+        raise UserError(f"{path} holds no run to continue: it was not written by train.py")
+    return saved
+
+
+def check_workdir(workdir, resuming):
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file: choose a folder")
     if not resuming and any(workdir.glob("DDPMpp-*.pth")):
         raise UserError(
             f"--workdir {workdir} already holds a run: continue it with --resume CHECKPOINT, or choose another folder"
         )
+
+
+def prepare_workdir(workdir, config, start):
+    """Make the folder, save the configuration, and keep of metrics.jsonl what came before step `start`."""
     misc.write_json(workdir / "config.json", defaults.to_dict(config))
-    if not resuming:
-        (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    metrics = [line for line in read_metrics(workdir) if line["step"] <= start]
+    with misc.atomic(workdir / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics))
 
 
-def resume(path, model, ema, optim, config):
-    """Load weights, average and optimizer; returns the step to continue at."""
-    content = misc.load_checkpoint(path)
-    if "config" not in content or "optim" not in content:
-        raise UserError(f"{path} holds no run to continue: it was not written by train.py")
-    made = defaults.from_dict(content["config"])
-    if made.task != config.task or made.data.data_name != config.data.data_name:
-        raise UserError(f"{path} is of a run with --data_name {made.data.data_name} --mode {made.task.mode}: say the same")
-    misc.load_weights(model.net, content["model"], path)
-    misc.load_weights(ema.module.net, content["ema"], path)
-    optim.load_state_dict(content["optim"])
-    return content["step"]
+def read_metrics(workdir):
+    """The lines of metrics.jsonl as dicts, without a last one that a kill cut short."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def draw_samples(path, model, config, mean):
-    """Grid of --nsampling images of seeds 0, 1, ... from a model with the sampling settings."""
+    """Grid of --nsampling images of seeds 0, 1, ..., with the sampling settings; in one step from a flow map."""
+    if config.task.mode == "characteristic":
+        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_steps=1))
     trained = misc.Trained(model, config, mean, 0, "")
-    sampling = dataclasses.replace(config.sampling, num_steps=1) if config.task.mode == "characteristic" else config.sampling
-    trained.config = dataclasses.replace(config, sampling=sampling)
     count = config.train.nsampling
     images = torch.cat([images for _, images in misc.generate(trained, range(count), desc="samples")])
     misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
@@ -271,11 +291,12 @@ def draw_loss_curve(workdir):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(workdir)
     fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name in ("loss", "distance", "denoising"):
-        if name in lines[-1] and (name != "distance" or "denoising" in lines[-1]):
-            ax.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+        mine = [line for line in lines if name in line]
+        if mine:
+            ax.plot([line["step"] for line in mine], [line[name] for line in mine], label=name)
     ax.set(xlabel="step", ylabel="training loss", yscale="log")
     ax.legend()
     with misc.atomic(workdir / "loss.png") as temporary:
@@ -290,36 +311,43 @@ def seed_round(generator, seed, step, r):
 
 
 def train(run, flags, device):
-    config, teacher = dist_util.agree(lambda: configure(run, flags, device))
+    config, teacher, saved = dist_util.agree(lambda: configure(run, flags, device))
     cfg, rank, world = config.train, dist_util.rank(), dist_util.world_size()
     if cfg.global_bsz % (cfg.bsz * world):
         raise UserError(
             f"--global_bsz is {cfg.global_bsz}: it must be a multiple of --bsz times the ranks, {cfg.bsz} x {world}"
         )
     rounds = cfg.global_bsz // (cfg.bsz * world)
+    workdir = Path(run.workdir or f"logs/{config.data.data_name}-{config.task.mode}")
+    dist_util.on_first_rank(lambda: check_workdir(workdir, saved))
+    torch.manual_seed(cfg.seed)
+    model = misc.build_model(config).to(device).train()
     dataset = dist_util.agree(lambda: misc.load_data(config.data))
     classes = int(dataset.labels.max()) + 1
     if config.network.label_dim and config.network.label_dim < classes:
         raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
-    workdir = Path(run.workdir or f"logs/{config.data.data_name}-{config.task.mode}")
-    dist_util.on_first_rank(lambda: prepare_workdir(workdir, config, run.resume))
     for name, section in defaults.to_dict(config).items():
         misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
 
-    mean = teacher.mean if teacher else misc.data_mean(dataset, config.data.centered).to(device)
-
-    torch.manual_seed(cfg.seed)
-    model = misc.build_model(config).to(device).train()
+    if saved:
+        mean = saved["mean"].to(device)
+    elif teacher and teacher.knows_mean:
+        mean = teacher.mean
+    else:
+        mean = misc.data_mean(dataset, config.data.centered).to(device)
     if teacher:
+        teacher.mean = mean
         network.start_from_teacher(model.net, teacher.model.net)
     ema = misc.EMA(model, cfg.ema_decay)
     optim = torch.optim.RAdam(model.parameters(), lr=cfg.lr)
     start = 0
-    if run.resume:
-        start = dist_util.agree(lambda: resume(run.resume, model, ema, optim, config))
-        if start >= cfg.train_steps:
-            raise UserError(f"{run.resume} is at step {start} already: to train longer, raise --train_steps")
+    if saved:
+        misc.load_weights(model.net, saved["model"], run.resume)
+        misc.load_weights(ema.module.net, saved["ema"], run.resume)
+        optim.load_state_dict(saved["optim"])
+        start = saved["step"]
         misc.log(f"continuing {run.resume} at step {start} of {cfg.train_steps}")
+    dist_util.on_first_rank(lambda: prepare_workdir(workdir, config, start))
 
     if not teacher:
         objective = Denoising(model, config)
@@ -374,8 +402,8 @@ def train(run, flags, device):
                 dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, model, ema, optim, done, config, mean.cpu()))
             clock += time.perf_counter() - paused  # images/s is that of training
     if rank == 0:
+        print(workdir / f"DDPMpp-{cfg.train_steps:06d}.pth", flush=True)
         draw_loss_curve(workdir)
-        print(workdir / f"DDPMpp-{cfg.train_steps:06d}.pth")
 
 
 def main():

@@ -2,7 +2,7 @@
 
 Trains the denoiser, distils it, samples both with 1, 2, 5, 10 and 20 steps, scores and draws.  Prints each command before
 running it, and at the end the pixel FID table, the time and memory spent, and where the pictures are.  Starts afresh each
-time; `--objective semigroup` distils with the other objective, into a folder of its own.
+time.
 """
 
 import argparse
@@ -20,12 +20,14 @@ END_SEED = 1799  # 1,800 images against the 1,797 digits
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", default="logs/demo", help="folder for everything (default: logs/demo); emptied first")
+    parser.add_argument("--workdir", default="logs/demo", help="folder under logs/ for everything, emptied first")
     parser.add_argument("--objective", default="trajectory", choices=("trajectory", "semigroup"), help="of stage 2")
     parser.add_argument("--train_steps", type=int, help="of stage 2 (default: by preset)")
     parser.add_argument("--seed", type=int, default=0, help="of the training runs (default: 0)")
     options = parser.parse_args()
     work, begun, spent = options.workdir, time.perf_counter(), []
+    if (ROOT / "logs").resolve() not in (ROOT / work).resolve().parents:
+        parser.error(f"--workdir {work} is emptied first, so it must be a folder under logs/")
     shutil.rmtree(ROOT / work, ignore_errors=True)
 
     def run(*command):
@@ -36,7 +38,7 @@ def main():
             sys.exit(done.returncode)
         spent.append((command[0], time.perf_counter() - start))
         print(done.stdout.strip(), flush=True)
-        return done.stdout.split()[-1]
+        return done.stdout.splitlines()[-1]
 
     seed = ("--seed", options.seed)
     longer = ("--train_steps", options.train_steps) if options.train_steps else ()

@@ -202,6 +202,9 @@ MISTAKES = [
     (["train.py", "--data_name", "folder", "--data_path", "nowhere"], "nowhere is missing"),
     (["train.py", "--data_name", "afhq", "--data_path", "nowhere"], "--data_name digits"),
     (["train.py", "--workdir", "README.md"], "is a file"),
+    (["train.py", "--workdir", "README.md/run"], "cannot write README.md/run"),
+    (["train.py", "--model_channels", "36", "--channel_mult", "1", "2", "2"], "--model_channels 36"),
+    (["eval.py", "--mode", "characteristic", "--sde", "--checkpoint", "x.pth", "--workdir", "x"], "there is no checkpoint"),
     (["train.py", "--train_eps0", "1"], "--train_eps0 is 1.0"),
     (["eval.py", "--workdir", "x"], "--checkpoint is missing"),
     (["eval.py", "--checkpoint", "README.md", "--workdir", "x", "--end_seed", "1"], "is not a checkpoint"),
@@ -211,6 +214,7 @@ MISTAKES = [
     (["fid.py", "--mode", "fid", "--ref_path", "nowhere.npz", "--stat_path", "b.npz"], "there is no file nowhere.npz"),
     (["fid.py", "--mode", "fid", "--ref_path", "README.md", "--stat_path", "b.npz"], "not a statistics file"),
     (["fid.py", "--mode", "ref"], "--dest is missing"),
+    (["fid.py", "--mode", "ref", "--dest", "README.md/x.npz"], "cannot write README.md/x.npz"),
     (["teaser.py", "--checkpoint", "nowhere.pth"], "there is no checkpoint"),
     (["compare.py", "--denoiser", "nowhere.pth"], "--characteristic is missing"),
 ]

@@ -129,12 +129,8 @@ def test_distance_is_symmetric_and_agrees_with_singular_values(rank):
 def test_fid_prints_one_number_and_appends_a_row(tmp_path):
     write_folder(tmp_path / "a", images())
     write_folder(tmp_path / "b", images(seed=1))
-    record = {
-        "sha256": "abc",
-        "step": 7,
-        "nfe": 3,
-        "config": {"task": {"mode": "denoiser"}, "sampling": {"ode_solver": "heun"}},
-    }
+    config = {"task": {"mode": "denoiser"}, "sampling": {"ode_solver": "heun", "rho": 7.0}}
+    record = {"sha256": "abc", "step": 7, "nfe": 3, "start_seed": 0, "end_seed": 36, "config": config}
     (tmp_path / "b" / "eval.json").write_text(json.dumps(record))
     run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "a", "--dest", tmp_path / "a.npz")
     run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "b", "--dest", tmp_path / "b.npz")
@@ -147,6 +143,7 @@ def test_fid_prints_one_number_and_appends_a_row(tmp_path):
     rows = list(csv.DictReader((tmp_path / "stats.csv").read_text().splitlines()))
     assert len(rows) == 2 and rows[0] == rows[1]
     assert rows[0]["FID"] == first.strip() and rows[0]["solver"] == "heun" and rows[0]["nfe"] == "3" and rows[0]["n"] == "37"
+    assert rows[0]["rho"] == "7.0" and rows[0]["reference"] == misc.file_hash(tmp_path / "a.npz")
 
 
 def test_reference_statistics_of_the_digits(tmp_path):
@@ -157,6 +154,9 @@ def test_reference_statistics_of_the_digits(tmp_path):
     assert (np.diag(sigma) == 0).sum() == 3  # pixels that are always empty
 
 
+UNFINISHED = {"start_seed": 0, "end_seed": 9}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -165,6 +165,8 @@ def test_reference_statistics_of_the_digits(tmp_path):
         (lambda p: write_folder(p, images(1)), "1 image: a covariance needs two or more"),
         (lambda p: [write_folder(p, images(5)), misc.write_png(p / "z.png", images(1, (1, 4, 4))[0])], "different sizes"),
         (lambda p: [write_folder(p, images(5)), (p / "z.png").write_bytes(b"\x89PNG\r\n\x1a\n")], "cannot read image z.png"),
+        (lambda p: [write_folder(p, images(5)), misc.write_png(p / "z.png", images(1, (1, 5, 6))[0])], "different sizes"),
+        (lambda p: [write_folder(p, images(5)), misc.write_json(p / "eval.json", UNFINISHED)], "holds 5 of the 10 images"),
         (lambda p: [write_folder(p, images(5)), Image.new("RGBA", (5, 6)).save(p / "z.png")], "mode RGBA"),
     ],
 )

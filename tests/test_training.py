@@ -1,7 +1,9 @@
 """Training through the real script and its parts: gradients, averages, data order, checkpoints, both objectives."""
 
 import dataclasses
+import io
 import json
+import zipfile
 
 import pytest
 import torch
@@ -226,6 +228,52 @@ def test_resume_continues_weights_optimizer_average_and_step(tmp_path):
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert all(torch.equal(a["optim"]["state"][i]["exp_avg"], b["optim"]["state"][i]["exp_avg"]) for i in a["optim"]["state"])
+
+
+def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
+    odd = ["--sigma_data", "0.5", "--no-centered", "--lr", "1e-4"]
+    run("train.py", *TINY_NETWORK, *TINY_RUN, *odd, "--workdir", tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # what a run that was killed later may leave
+    checkpoint = tmp_path / "run" / "DDPMpp-000003.pth"
+    run("train.py", "--resume", checkpoint, "--train_steps", "5", "--workdir", tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "DDPMpp-000005.pth", weights_only=True)["config"]
+    assert saved["network"]["sigma_data"] == 0.5 and not saved["data"]["centered"] and saved["train"]["lr"] == 1e-4
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    for flags, message in ((["--train_steps", "3"], "at step 3 already"), (["--sigma_data", "2"], "--sigma_data is 2.0")):
+        done = run("train.py", "--resume", checkpoint, *flags, "--workdir", tmp_path / "new", expect=2)
+        assert message in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_zip_data_is_read_whole_by_several_workers(tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(40):
+            image = io.BytesIO()
+            pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(image, format="PNG")
+            archive.writestr(f"c{i % 2}/{i:02d}.png", image.getvalue())
+    config = tiny_config(data_name="folder", image_size=8, num_workers=2)
+    dataset = misc.ImageFiles(tmp_path / "data.zip", 8, 3)
+    expected, labels = dataset.__getitems__(list(range(40)))  # opens the zip in this process too
+    order = iter(misc.Batches(40, config.train.seed, 0, 8, 8))
+    for (images, classes), indices in zip((next(b) for b in [misc.batches(dataset, config.data, config.train, 0)] * 20), order):
+        assert torch.equal(images, expected[indices]) and torch.equal(classes, labels[indices])
+
+
+def test_a_broken_image_met_in_training_ends_the_run_with_one_line(trained, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
+    options = ["--data_name", "folder", "--data_path", folder, "--image_size", "8", "--image_channels", "1"]
+    run("train.py", *options, *TINY_NETWORK, *TINY_RUN, "--num_workers", "0", "--workdir", tmp_path / "teacher")
+    (folder / "5.png").write_bytes(b"broken")  # stage 2 takes the mean from its teacher: the first read is a step's
+    teacher = ["--mode", "characteristic", "--teacher", tmp_path / "teacher" / "DDPMpp-000003.pth", "--bank_size", "8"]
+    shared = ["train.py", *teacher, *TINY_RUN, "--num_steps", "2", "--num_workers", "1", "--workdir", tmp_path / "student"]
+    done = run(*shared, expect=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "cannot read image 5.png" in errors[0] and "Traceback" not in done.stderr
 
 
 def test_folder_data_trains_a_conditional_colour_model(tmp_path):
