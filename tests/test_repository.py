@@ -204,7 +204,6 @@ MISTAKES = [
     (["train.py", "--workdir", "README.md"], "is a file"),
     (["train.py", "--workdir", "README.md/run"], "cannot write README.md/run"),
     (["train.py", "--model_channels", "36", "--channel_mult", "1", "2", "2"], "--model_channels 36"),
-    (["eval.py", "--mode", "characteristic", "--sde", "--checkpoint", "x.pth", "--workdir", "x"], "there is no checkpoint"),
     (["train.py", "--train_eps0", "1"], "--train_eps0 is 1.0"),
     (["eval.py", "--workdir", "x"], "--checkpoint is missing"),
     (["eval.py", "--checkpoint", "README.md", "--workdir", "x", "--end_seed", "1"], "is not a checkpoint"),
@@ -250,6 +249,7 @@ def test_wrong_checkpoints_are_refused_by_name(trained, tmp_path):
     assert "is a flow map" in mistake("train.py", "--mode", "characteristic", "--teacher", flow, "--workdir", out)
     assert "--mode is denoiser" in mistake("eval.py", "--mode", "denoiser", "--checkpoint", flow, "--workdir", out)
     assert "--model_channels is 64" in mistake("eval.py", "--model_channels", "64", "--checkpoint", ode, "--workdir", out)
+    assert "--sde is True" in mistake("eval.py", "--sde", "--checkpoint", flow, "--workdir", out)
     assert "already holds a run" in mistake("train.py", "--workdir", trained["folders"][0])
     assert not out.exists()
 
