@@ -328,8 +328,10 @@ def check(config):
             fail(f"{where}_eps0", low, f"below 1 - {where}_eps1, which is {1 - high}")
     if config.distil.one_step_share + config.distil.to_data_share > 1:
         fail("to_data_share", config.distil.to_data_share, "at most 1 - one_step_share")
-    if config.task.mode == "characteristic" and config.distil.objective == "trajectory" and config.distil.dsm_share == 1:
-        fail("dsm_share", config.distil.dsm_share, "below 1")
+    if config.task.mode == "characteristic" and config.distil.objective == "trajectory" and config.distil.dsm_weight:
+        share, dsm = config.distil.dsm_share, round(config.distil.dsm_share * train.bsz)
+        if dsm == train.bsz or (share and not dsm):
+            fail("dsm_share", share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     if config.task.mode == "characteristic" and sampling.sde:
         fail("sde", True, "left out: the flow map has no SDE (mode denoiser has)")
     if sampling.s_min > sampling.s_max:

@@ -73,7 +73,11 @@ class Distillation:
     def teacher_step(self, label):
         return lambda x, t, s: self.solver(lambda y, r: self.teacher.model(y, r, label=label), x, t, s)
 
+    def start_step(self, step):
+        """Called before each optimizer step."""
+
     def combine(self, distances, denoising):
+        """The scalar to differentiate; the adaptive weight is that of this rank and round."""
         distil, distance = self.config.distil, distances.mean()
         if not len(denoising) or not distil.dsm_weight:
             return distance, {"loss": distance, "distance": distance}
@@ -95,8 +99,6 @@ class Trajectory(Distillation):
         super().__init__(model, config, teacher, device)
         distil, self.bsz = config.distil, config.train.bsz
         self.n_dsm = round(distil.dsm_share * self.bsz) if distil.dsm_weight else 0
-        if self.n_dsm == self.bsz or (self.n_dsm == 0 and distil.dsm_weight and distil.dsm_share):
-            raise UserError(f"--dsm_share {distil.dsm_share} leaves one of the losses no image of a --bsz of {self.bsz}")
         K, shape = config.sampling.num_steps, teacher.mean.shape
         self.pairs = sde.pair_probabilities(K, distil.one_step_share, distil.to_data_share).flatten().to(device)
         self.slots = math.ceil(distil.bank_size / self.bsz)
@@ -161,9 +163,6 @@ class Semigroup(Distillation):
         lengths = torch.arange(1, min(config.distil.teacher_steps, len(self.ts) - 1) + 1, dtype=torch.float64)
         uniform = config.distil.teacher_steps_strategy == "uniform"
         self.lengths = (torch.ones_like(lengths) if uniform else lengths).to(device)
-
-    def start_step(self, step):
-        pass
 
     def __call__(self, x0, label, generator):
         K, n = len(self.ts) - 1, len(x0)

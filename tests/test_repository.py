@@ -171,6 +171,13 @@ def test_lists_and_booleans_are_written_in_every_documented_way():
     assert parsed("--gamma", "1e-1") == {"gamma": 0.1}
 
 
+@pytest.mark.parametrize("flags", [{"bsz": 1}, {"bsz": 2, "dsm_share": 0.8}, {"dsm_share": 1.0}])
+def test_each_loss_of_stage_2_needs_images(flags):
+    with pytest.raises(UserError, match="--dsm_share"):
+        defaults.resolve({"mode": "characteristic", **flags})
+    defaults.resolve({"mode": "characteristic", **flags, "dsm_weight": 0.0})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
