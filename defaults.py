@@ -333,13 +333,15 @@ def check(config):
         if dsm == train.bsz or (share and not dsm):
             fail("dsm_share", share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     if config.task.mode == "characteristic" and sampling.sde:
-        fail("sde", True, "left out: the flow map has no SDE (mode denoiser has)")
+        fail("sde", True, "left out, since the flow map has no SDE")
+    if sampling.sde and sampling.churn:
+        fail("churn", True, "left out with --sde, which adds noise at every step itself")
     if sampling.s_min > sampling.s_max:
         fail("s_min", sampling.s_min, f"at most s_max, which is {sampling.s_max}")
     if net.label_dim and sampling.class_idx >= net.label_dim:
         fail("class_idx", sampling.class_idx, f"below label_dim, which is {net.label_dim}")
     if not net.label_dim and sampling.class_idx >= 0:
-        fail("class_idx", sampling.class_idx, "left out: the model has no classes")
+        fail("class_idx", sampling.class_idx, "left out, since the model has no classes")
 
 
 # -------------------------------------------------------------------------------------------------- command line

@@ -59,6 +59,10 @@ def launch(main):
         else:
             time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
         sys.exit(2)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

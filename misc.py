@@ -96,7 +96,14 @@ def file_hash(path):
 def progress(total, desc, unit="img", initial=0):
     """Progress bar on stderr, on rank 0 alone, with rate and time left."""
     return tqdm(
-        total=total, initial=initial, desc=desc, unit=unit, file=sys.stderr, disable=dist_util.rank() != 0, dynamic_ncols=True
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        file=sys.stderr,
+        disable=dist_util.rank() != 0,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
     )
 
 
@@ -382,8 +389,8 @@ def save_checkpoint(workdir, model, ema, optim, step, config, mean):
         "random": {"seed": config.train.seed, "step": step},
         "format": FORMAT,
     }
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    with atomic(path) as temporary, open(temporary, "wb") as file:  # given a name, torch would write it into the file
+        torch.save(content, file)
     return path
 
 
@@ -393,8 +400,8 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; name a .pth file") from error
     except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
         raise UserError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "ema")):

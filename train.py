@@ -230,7 +230,7 @@ def configure(run, flags, device):
             raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
         return config if saved else defaults.resolve(flags), None, saved
     if not run.teacher:
-        raise UserError("--teacher is missing: stage 2 distils a checkpoint of stage 1 (train.py --mode denoiser)")
+        raise UserError("--teacher is missing: stage 2, a run that continues too, needs the checkpoint of stage 1")
     teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
     if teacher.config.task.mode != "denoiser":
         raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
@@ -313,8 +313,9 @@ def train(run, flags, device):
     config, teacher, saved = dist_util.agree(lambda: configure(run, flags, device))
     cfg, rank, world = config.train, dist_util.rank(), dist_util.world_size()
     if cfg.global_bsz % (cfg.bsz * world):
+        fitting = f"; try --bsz {cfg.global_bsz // world}" if cfg.global_bsz % world == 0 else ""
         raise UserError(
-            f"--global_bsz is {cfg.global_bsz}: it must be a multiple of --bsz times the ranks, {cfg.bsz} x {world}"
+            f"--global_bsz is {cfg.global_bsz}: it must be a multiple of --bsz times the ranks, {cfg.bsz} x {world}{fitting}"
         )
     rounds = cfg.global_bsz // (cfg.bsz * world)
     workdir = Path(run.workdir or f"logs/{config.data.data_name}-{config.task.mode}")

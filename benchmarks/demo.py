@@ -79,11 +79,13 @@ def main():
         print(f"| {title} |" + "".join(f" {scores[mode, steps]:.3f} |" for steps in STEPS))
     one, twenty = scores["characteristic", 1], scores["denoiser", 20]
     print(f"\nOne evaluation of the flow map scores {one / twenty:.2f} times its teacher's twenty,")
-    print(f"and its teacher's one {scores['denoiser', 1] / one:.0f} times that.")
+    print(f"and its teacher's one evaluation scores {scores['denoiser', 1] / one:.0f} times the flow map's.")
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
     stages = ", ".join(f"stage {i} {seconds:.0f} s" for i, (_, seconds) in enumerate(spent[:2], 1))
     print(f"Took {time.perf_counter() - begun:.0f} s ({stages}); peak memory {memory:.2f} GB.")
-    print(f"Pictures: {work}/compare.png  {work}/compare-fid.png  {Path(checkpoints['characteristic']).parent}/samples/")
+    print(
+        f"Pictures: {work}/compare.png  {work}/compare-fid.png  {work}/characteristic/teaser-characteristic.png  {work}/denoiser/trajectory.png"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import zipfile
 
 import pytest
@@ -206,6 +207,20 @@ def test_checkpoint_holds_what_the_format_says(trained):
     assert set(content) == {"model", "ema", "optim", "step", "config", "mean", "random", "format"}
     assert content["step"] == 3 and content["mean"].shape == (1, 8, 8)
     assert not torch.equal(content["model"]["dec.8x8_aux_conv.bias"], content["ema"]["dec.8x8_aux_conv.bias"])
+
+
+def test_equal_runs_write_equal_files(tmp_path):
+    """So that the hash in a table of scores names the weights."""
+    config = tiny_config()
+    hashes = set()
+    for folder in ("a", "b/longer"):
+        torch.manual_seed(0)
+        model = misc.build_model(config)
+        optim = torch.optim.RAdam(model.parameters())
+        path = misc.save_checkpoint(tmp_path / folder, model, misc.EMA(model, 0.9), optim, 1, config, torch.zeros(1, 8, 8))
+        assert f".pth.{os.getpid()}".encode() not in path.read_bytes()  # torch.save keeps the name of a path it is given
+        hashes.add(misc.file_hash(path))
+    assert len(hashes) == 1
 
 
 def test_ranks_rounds_and_steps_draw_different_noise_and_the_same_again(monkeypatch):
