@@ -83,9 +83,8 @@ def main():
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
     stages = ", ".join(f"stage {i} {seconds:.0f} s" for i, (_, seconds) in enumerate(spent[:2], 1))
     print(f"Took {time.perf_counter() - begun:.0f} s ({stages}); peak memory {memory:.2f} GB.")
-    print(
-        f"Pictures: {work}/compare.png  {work}/compare-fid.png  {work}/characteristic/teaser-characteristic.png  {work}/denoiser/trajectory.png"
-    )
+    pictures = ("compare.png", "compare-fid.png", "characteristic/teaser-characteristic.png", "denoiser/trajectory.png")
+    print("Pictures: " + "  ".join(f"{work}/{name}" for name in pictures))
 
 
 if __name__ == "__main__":
