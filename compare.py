@@ -1,10 +1,10 @@
-"""Draw ODE against flow map: same seeds, 1, 2, 5, 10 and 20 steps, side by side; with --ref_path, their pixel FID curves.
+"""Draw ODE against flow map: same seeds, 1, 2, 5, 10 and 20 steps, side by side; with --ref_path, their FID curves.
 
   python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png
   python compare.py --denoiser CKPT --characteristic CKPT --dest compare.png --ref_path stats/digits.npz --end_seed 1799
 
 The picture's rows are seeds, its two blocks the denoiser's ODE and the flow map.  The curves go to compare-fid.png and
-compare-fid.csv, beside the picture.
+compare-fid.csv, beside the picture; the features are those of --ref_path, pixels or Inception's.
 """
 
 import csv
@@ -36,6 +36,12 @@ class Run:
     images: str | None = setting(
         None, "folder with the images of eval.py in folders {mode}-{steps}, to score those instead of making them again"
     )
+    inception_weights: str | None = setting(
+        None,
+        f"file of the InceptionV3's weights, if --ref_path needs it; weights/{misc.WEIGHTS['inception_weights'][0]} if "
+        "left out",
+    )
+    download: bool = setting(False, "fetch the weights where they are published, if their file is missing")
 
 
 def with_steps(trained, steps):
@@ -70,14 +76,12 @@ def draw_images(models, run):
     plt.close(fig)
 
 
-def image_statistics(trained, mode, steps, run):
-    """(n, mu, sigma) of the images of a model with so many steps, sampled here or found in --images."""
+def image_statistics(trained, mode, steps, extract, run):
+    """Statistics of the images of a model with so many steps, sampled here or found in --images."""
     if run.images is None:
-        seeds = range(run.end_seed + 1)
-        images = torch.cat([images for _, images in misc.generate(with_steps(trained, steps), seeds, f"{mode}, {steps} steps")])
-        return misc.statistics(misc.MemoryImages(images, torch.zeros(len(images))))
+        return misc.measure(misc.Generated(with_steps(trained, steps), range(run.end_seed + 1)), extract)
     folder = Path(run.images) / f"{mode}-{steps}"
-    n, mu, sigma, metadata = misc.folder_statistics(folder)
+    images, metadata = misc.open_images(folder)
     made_by = metadata["made_by"]
     sampling = defaults.to_dict(with_steps(trained, steps).config)["sampling"]
     for name in ["eval_bsz"] + ["ode_solver", "sde"] * (mode == "characteristic"):  # these change no image
@@ -88,27 +92,29 @@ def image_statistics(trained, mode, steps, run):
         raise UserError(
             f"{folder} was made from another checkpoint or with other {', '.join(different) or 'weights'}: make it again"
         )
-    return n, mu, sigma
+    return misc.measure(images, extract)
 
 
-def score(models, run):
-    """The rows of the curves' table: mode, nfe, n, pixel_fid."""
-    mu_ref, sigma_ref, _ = misc.read_statistics(run.ref_path)
+def score(models, run, device):
+    """The rows of the curves' table: mode, nfe, n, features, fid."""
+    reference = misc.read_statistics(run.ref_path)
+    features = misc.choose_features("auto", None, reference)
+    extract = misc.load_features(features, device, run.inception_weights, run.download)
+    shape = models["denoiser"].mean.shape
+    misc.check_comparable(reference, extract.dimension(shape), misc.metadata_of(extract, shape, run.end_seed + 1))
     rows = []
     for mode, trained in models.items():
         for steps in run.num_steps:
-            n, mu, sigma = image_statistics(trained, mode, steps, run)
-            if mu.shape != mu_ref.shape:
-                raise UserError(f"{run.ref_path} has {len(mu_ref)} features, the images {len(mu)}: it is of another data set")
-            value = misc.frechet_distance(mu_ref, sigma_ref, mu, sigma)
-            rows.append({"mode": mode, "nfe": misc.nfe(with_steps(trained, steps).config), "n": n, "pixel_fid": f"{value:.4f}"})
+            images = image_statistics(trained, mode, steps, extract, run)
+            row = {"mode": mode, "nfe": misc.nfe(with_steps(trained, steps).config), "n": images.metadata["n"]}
+            rows.append({**row, "features": features, "fid": f"{misc.frechet_distance(reference, images):.4f}"})
     if len({row["n"] for row in rows}) > 1:
         raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
     return rows
 
 
 def draw_curves(rows, run):
-    """The pixel FID of both models against evaluations: a picture and a CSV file."""
+    """The FID of both models against evaluations: a picture and a CSV file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,8 +128,9 @@ def draw_curves(rows, run):
     fig, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for mode in TITLES:
         mine = [row for row in rows if row["mode"] == mode]
-        ax.plot([row["nfe"] for row in mine], [float(row["pixel_fid"]) for row in mine], "o-", label=TITLES[mode])
-    ax.set(xlabel="network evaluations", ylabel=f"pixel FID, {rows[0]['n']} images", xscale="log", yscale="log")
+        ax.plot([row["nfe"] for row in mine], [float(row["fid"]) for row in mine], "o-", label=TITLES[mode])
+    kind = "pixel FID" if rows[0]["features"] == "pixels" else "FID"
+    ax.set(xlabel="network evaluations", ylabel=f"{kind}, {rows[0]['n']} images", xscale="log", yscale="log")
     ax.set_xticks([row["nfe"] for row in mine], [row["nfe"] for row in mine], minor=False)
     ax.minorticks_off()
     ax.legend()
@@ -150,7 +157,7 @@ def main():
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
         if models["denoiser"].mean.shape != models["characteristic"].mean.shape:
             raise UserError("the two checkpoints make images of different shapes")
-        rows = score(models, run) if run.ref_path else []
+        rows = score(models, run, device) if run.ref_path else []
         draw_images(models, run)
         for path in [run.dest] + (draw_curves(rows, run) if rows else []):
             print(path)

@@ -84,6 +84,8 @@ class Train:
     sampling_freq: int = setting(1000, "steps between grids of samples; 0 for none")
     dump_freq: int = setting(5000, "steps between checkpoints (the last step always writes one)")
     nsampling: int = setting(64, "images in a grid of samples")
+    fid_freq: int = setting(0, "steps between scores of the moving average against --ref_path; 0 for none")
+    fid_num: int = setting(2048, "images for such a score, of seeds from 0; from a flow map in one step")
     seed: int = setting(0, "seed of the initial weights, the data order and all noise")
 
 
@@ -97,7 +99,11 @@ class Distil:
         "(the authors' code)",
         ("trajectory", "semigroup"),
     )
-    loss_norm: str = setting("huber", "distance between images", ("l2", "huber"))
+    loss_norm: str = setting(
+        "huber",
+        "distance between images; lpips, a perceptual one, needs two files of weights and is slow without a GPU",
+        ("l2", "huber", "lpips"),
+    )
     teacher_solver: str = setting("deis", "solver of the teacher's ODE", ("euler", "heun", "deis"))
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t")
     adaptive_weight: bool = setting(
@@ -275,6 +281,7 @@ NOT_NEGATIVE = [
     "label_dim",
     "lr_rampup_steps",
     "sampling_freq",
+    "fid_freq",
     "seed",
     "bank_refresh_freq",
     "dsm_weight",
@@ -290,6 +297,7 @@ RANGES = {
     **dict.fromkeys(INSIDE, (lambda v: 0 < v < 1, "between 0 and 1")),
     **dict.fromkeys(["sigma_data", "M", "lr", "rho"], (lambda v: 0 < v < float("inf"), "positive and finite")),
     "class_idx": (lambda v: -1 <= v < 2**31, "-1 or a class"),
+    "fid_num": (lambda v: 2 <= v < 2**31, "from 2 to 2147483647"),
 }
 
 

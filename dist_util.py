@@ -77,6 +77,15 @@ def gather(value):
     return values
 
 
+def gather_on_first(value):
+    """List of every rank's (picklable) value on rank 0, None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 def agree(function):
     """function() on every rank; if it raised UserError on any, that error (of the lowest rank) on all of them."""
     result, message = None, None

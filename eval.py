@@ -33,14 +33,7 @@ def prepare(workdir, trained, run):
         raise UserError(f"--workdir {workdir} is a file: choose a folder")
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"--workdir {workdir} is not empty: choose another folder, so that sets of images do not mix")
-    record = {
-        **trained.describe(),
-        "nfe": misc.nfe(trained.config),
-        "start_seed": run.start_seed,
-        "end_seed": run.end_seed,
-        "config": defaults.to_dict(trained.config),
-    }
-    misc.write_json(workdir / "eval.json", record)
+    misc.write_json(workdir / "eval.json", trained.record(range(run.start_seed, run.end_seed + 1)))
 
 
 def main():

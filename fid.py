@@ -1,17 +1,21 @@
-"""Score images: Fréchet distances between statistics of sets of images.
+"""Score images: Fréchet distance, KID, precision and recall between two sets of images.
 
   python fid.py --mode ref --data_name digits --dest stats/digits.npz              statistics of a data set
-  python fid.py --mode gen --img_folder OUT --dest stats/out.npz                   statistics of images, from eval.py or not
+  python fid.py --mode gen --img_folder OUT --dest stats/out.npz                   of images: a folder, a zip, an npz
+  python fid.py --mode gen --checkpoint CKPT --end_seed 9999 --dest stats/out.npz  of a model's images, without files
   python fid.py --mode fid --ref_path stats/digits.npz --stat_path stats/out.npz   their distance, one number on stdout
-  python fid.py --mode fid --ref_path stats/digits.npz --img_folder OUT            the last two in one
+  python fid.py --mode fid --ref_path stats/digits.npz --img_folder OUT            the last two in one (or --checkpoint)
 
-Features are the raw pixels in [0, 1], so the number is a "pixel FID", comparable neither with the FID of Inception features
-nor across image sizes.
+Features are raw pixels for grey images, which makes a "pixel FID", and those of FID's InceptionV3 for colour;
+--features chooses otherwise.  Neither compares with the other, nor pixels across image sizes.
 """
 
 import csv
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+import torch
 
 import defaults
 import dist_util
@@ -19,45 +23,175 @@ import misc
 from defaults import setting
 from dist_util import UserError
 
+METRICS = ("fid", "kid", "pr")
+
 
 @dataclass(frozen=True)
 class Run:
     """scoring"""
 
     mode: str = setting(
-        "fid", "ref: statistics of --data_name; gen: of --img_folder; fid: distance to --ref_path", ("ref", "gen", "fid")
+        "fid", "ref: statistics of --data_name; gen: of images; fid: scores of images against --ref_path", ("ref", "gen", "fid")
     )
     dest: str | None = setting(None, "npz file for the statistics (ref, gen)")
-    img_folder: str | None = setting(None, "folder or zip of images, flat or in class folders (gen, fid)")
+    img_folder: str | None = setting(
+        None, "images (gen, fid): a folder or zip, flat or in class folders, or an npz with uint8 `arr_0` (N, H, W, C)"
+    )
+    checkpoint: str | None = setting(
+        None, "instead of --img_folder, the model to draw images from: those that eval.py writes with the same flags"
+    )
+    start_seed: int = setting(0, "with --checkpoint: first seed")
+    end_seed: int = setting(49999, "with --checkpoint: last seed, included")
+    stat_path: str | None = setting(None, "instead of --img_folder, the npz file that --mode gen made of them (fid)")
     ref_path: str | None = setting(None, "npz file with the reference's statistics (fid)")
-    stat_path: str | None = setting(None, "npz file with the images' statistics (fid; or --img_folder)")
-    csv: str | None = setting(None, "file to append the score and how the images were made to, as a row (fid)")
+    features: str = setting(
+        "auto",
+        "pixels in [0, 1], or 2,048 of FID's InceptionV3; auto: those of --ref_path, else pixels for grey and inception "
+        "for colour",
+        ("auto", "pixels", "inception"),
+    )
+    metrics: str = setting(
+        "fid",
+        "which scores, with commas: fid; kid (and its standard error); pr (improved precision and recall, k = 3). The last two "
+        "need --metrics in ref and gen too, which then store every image's features (8 kB each for inception)",
+    )
+    num: int | None = setting(None, "number of images to take: a subset drawn from --seed, in whatever ranks (default all)")
+    seed: int = setting(0, "of the subset")
+    force: bool = setting(False, "compare statistics that say they were made differently")
+    csv: str | None = setting(None, "file to append the scores and how the images were made to, as a row (fid)")
+    inception_weights: str | None = setting(
+        None, f"file of the InceptionV3's weights; weights/{misc.WEIGHTS['inception_weights'][0]} if left out"
+    )
+    download: bool = setting(False, "fetch the weights where they are published, if their file is missing")
 
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+def kid(x, y, block=1000):
+    """Kernel Inception Distance (arXiv 1801.01401) of features (n, d) and (m, d): an unbiased estimate and its standard error.
+
+    The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, unbiased, so that it may be negative.  Both sets are
+    shuffled (always in the same way) and cut into as many blocks, 10 or more, of at most `block` images; estimates of
+    different blocks are independent, so their mean has a standard error.  UserError for fewer than four images.
+    """
+    n = min(len(x), len(y))
+    if n < 4:
+        raise UserError(f"kid needs 4 images or more in both sets, and there are {len(x)} and {len(y)}")
+    blocks = min(max(10, math.ceil(max(len(x), len(y)) / block)), n // 2)
+
+    def shuffled(z):
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
+        return z[order].tensor_split(blocks)
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    estimates = []
+    with misc.progress(blocks, "kid", unit="block") as bar:
+        for a, b in zip(shuffled(x), shuffled(y)):
+            a, b = a.double(), b.double()
+            estimates.append(within(a) + within(b) - 2 * kernel(a, b).mean())
+            bar.update()
+    estimates = torch.stack(estimates)
+    return float(estimates.mean()), float(estimates.std() / blocks**0.5)
+
+
+def precision_recall(real, fake, k=3, block=2000):
+    """Improved precision and recall (arXiv 1904.06991) of features (n, d) and (m, d).
+
+    Precision is the share of fake images within the reach of a real one, recall that of real ones within the reach of a
+    fake one; the reach of an image is the distance to its k-th nearest neighbour in its own set.  UserError unless both sets
+    hold more than k images.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"pr needs more than {k} images in both sets, and there are {len(real)} and {len(fake)}")
+    slack = 1e-7 * float(max(real.norm(dim=1).max(), fake.norm(dim=1).max()))  # rounding of the distance of equal images
+
+    def distances(rows, others):
+        for start, other in zip(range(0, len(others), block), others.split(block)):
+            yield slice(start, start + len(other)), torch.cdist(rows.double(), other.double())
+
+    with misc.progress(2 * len(real) + len(fake), "precision and recall") as bar:
+
+        def reach(x):
+            found = []
+            for rows in x.split(block):
+                nearest = torch.empty(len(rows), 0, dtype=torch.float64, device=x.device)
+                for _, d in distances(rows, x):  # the image itself, at 0, among them
+                    nearest = torch.cat([nearest, d], 1)
+                    nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
+                found.append(nearest.amax(1) + slack)
+                bar.update(len(rows))
+            return torch.cat(found)
+
+        reach_real, reach_fake = reach(real), reach(fake)
+        precise, recalled = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
+        for start, rows in zip(range(0, len(real), block), real.split(block)):
+            mine = slice(start, start + len(rows))
+            for other, d in distances(rows, fake):
+                precise[other] |= (d <= reach_real[mine, None]).any(0)
+                recalled[mine] |= (d <= reach_fake[other]).any(1)
+            bar.update(len(rows))
+    return float(precise.double().mean()), float(recalled.double().mean())
+
+
+def score(reference, images, metrics, device):
+    """{name: value} of the scores of two Statistics; kid and pr from their features, on `device`."""
+    values = {}
+    if {"kid", "pr"} & set(metrics):
+        real, fake = reference.features.to(device), images.features.to(device)
+    for metric in metrics:
+        if metric == "fid":
+            values["fid"] = misc.frechet_distance(reference, images)
+        elif metric == "kid":
+            values["kid"], values["kid_stderr"] = kid(real, fake)
+        else:
+            values["precision"], values["recall"] = precision_recall(real, fake)
+    return values
+
+
+def show(value):
+    """Four decimals, and never -0.0000."""
+    return f"{round(value, 4) + 0.0:.4f}"
+
+
+# -------------------------------------------------------------------------------------------------------- table
 
 COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
-    "n", "start_seed", "end_seed", "class_idx", "eps1", "rho", "features", "reference", "sha256",
+    "kid", "kid_stderr", "precision", "recall", "n", "start_seed", "end_seed", "class_idx", "eps1", "rho", "features",
+    "weights", "reference", "sha256",
 )  # fmt: skip
 
 
-def append_row(path, value, n, made_by, reference):
+def append_row(path, values, metadata, reference):
     """One line of `path`, with a header if it is new; hashes are SHA-256.  What is unknown of others' images stays empty."""
+    made_by = metadata.get("made_by", {})
     config = made_by.get("config", {})
     mode, data, sampling = (config.get(name, {}) for name in ("task", "data", "sampling"))
     mode = mode.get("mode")
     solver = "flow map" if mode == "characteristic" else "sde" if sampling.get("sde") else sampling.get("ode_solver")
+    shown = {"FID" if name == "fid" else name: f"{value:.{4 if name == 'fid' else 7}f}" for name, value in values.items()}
     row = {
         "mode": mode, "dataset": data.get("data_name"), "step": made_by.get("step"), "solver": solver,
         "num_steps": sampling.get("num_steps"), "nfe": made_by.get("nfe"), "eps0": sampling.get("eval_eps0"),
         **{name: sampling.get(name) for name in ("churn", "s_min", "s_max", "gamma")},
-        "FID": f"{value:.4f}", "n": n, "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
+        **shown, "n": metadata.get("n"), "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
         "class_idx": sampling.get("class_idx"), "eps1": sampling.get("eval_eps1"), "rho": sampling.get("rho"),
-        "features": "pixels", "reference": misc.file_hash(reference), "sha256": made_by.get("sha256"),
+        "features": metadata.get("features"), "weights": metadata.get("weights"),
+        "reference": misc.file_hash(reference), "sha256": made_by.get("sha256"),
     }  # fmt: skip
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--csv {path} is a folder: name a file")
     old = path.read_text() if path.exists() else ""
+    if old and old.splitlines()[0] != ",".join(COLUMNS):
+        raise UserError(f"--csv {path} has other columns than these rows: name another file")
     with misc.atomic(path) as temporary, open(temporary, "w", newline="") as file:
         file.write(old)
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -66,47 +200,94 @@ def append_row(path, value, n, made_by, reference):
         writer.writerow(row)
 
 
-def make_statistics(run, data):
-    if run.mode == "gen":
-        n, mu, sigma, metadata = misc.folder_statistics(run.img_folder)
-    else:
-        dataset = dist_util.agree(lambda: misc.load_data(data))
-        n, mu, sigma = misc.statistics(dataset)
-        metadata = {"source": data.data_name}
-    dist_util.on_first_rank(lambda: misc.write_statistics(run.dest, n, mu, sigma, metadata))
-    return run.dest
+# ---------------------------------------------------------------------------------------------------- the three modes
 
 
-def score(run):
-    mu_ref, sigma_ref, _ = dist_util.agree(lambda: misc.read_statistics(run.ref_path))
+def open_source(run, flags, device):
+    """(set of images, what the statistics record of its making) of the data set, --img_folder or --checkpoint."""
+    if run.mode == "ref":
+        data = defaults.resolve(flags).data
+        source = misc.load_data(data)
+        made = {"source": data.data_name}
+        if isinstance(source, misc.ImageFiles):
+            made["source"] = f"{source.path}, central squares resized to {data.image_size} (Lanczos)"
+        return source, made
     if run.img_folder:
-        n, mu, sigma, metadata = misc.folder_statistics(run.img_folder)
-    else:
-        mu, sigma, metadata = dist_util.agree(lambda: misc.read_statistics(run.stat_path))
-        n = metadata.get("n")
-    if mu.shape != mu_ref.shape:
+        return misc.open_images(run.img_folder)
+    trained = misc.load_model(run.checkpoint, flags, device)
+    seeds = range(run.start_seed, run.end_seed + 1)
+    return misc.Generated(trained, seeds), {"source": str(run.checkpoint), "made_by": trained.record(seeds)}
+
+
+def make_statistics(run, flags, metrics, device, reference=None):
+    """Statistics of the images that the flags name; every rank measures its share."""
+    source, made = dist_util.agree(lambda: open_source(run, flags, device))
+    shape = dist_util.agree(lambda: source.shape)
+    features = misc.choose_features(run.features, shape[0], reference)
+    extract = misc.load_features(features, device, run.inception_weights, run.download)
+    if reference is not None:  # before the work, not after it
+        n = run.num or len(source)
+        misc.check_comparable(reference, extract.dimension(shape), misc.metadata_of(extract, shape, n), run.force)
+    workers = flags.get("num_workers", 0)
+    keep = bool({"kid", "pr"} & set(metrics))
+    return misc.measure(source, extract, made, run.num, run.seed, keep, workers)
+
+
+def check(run, flags):
+    """The metrics asked for; UserError where flags are missing or do not go together."""
+    metrics = run.metrics.split(",")
+    if not set(metrics) <= set(METRICS) or len(set(metrics)) < len(metrics):
+        raise UserError(f"--metrics is {run.metrics}: it takes some of {','.join(METRICS)}, with commas and no spaces")
+    sources = ("checkpoint", "img_folder", "stat_path")[: {"ref": 0, "gen": 2, "fid": 3}[run.mode]]
+    defaults.required(run, "ref_path" if run.mode == "fid" else "dest")
+    if sources and sum(getattr(run, name) is not None for name in sources) != 1:
+        raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources[::-1])}")
+    if run.checkpoint is None:
+        for f in fields(defaults.Network) + fields(defaults.Sampling):
+            if f.name in flags:
+                raise UserError(f"--{f.name} is for images drawn with --checkpoint: leave it out")
+    elif not 0 <= run.start_seed <= run.end_seed:
         raise UserError(
-            f"the reference has {len(mu_ref)} features and the images {len(mu)}: they are of different sizes or spaces"
+            f"--start_seed {run.start_seed} --end_seed {run.end_seed}: seeds run from 0, start to end, both included"
         )
-    value = misc.frechet_distance(mu_ref, sigma_ref, mu, sigma)
-    if run.csv:
-        dist_util.on_first_rank(lambda: append_row(run.csv, value, n, metadata.get("made_by", {}), run.ref_path))
-    return f"{value:.4f}"
+    if run.stat_path and (run.num is not None or run.features != "auto"):
+        raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
+    if run.num is not None and run.num < 2:
+        raise UserError(f"--num is {run.num}: a covariance needs two images or more")
+    return metrics
 
 
 def main():
-    run, flags = defaults.parse(Run, ["data"], description=__doc__)
-    if run.mode == "fid":
-        defaults.required(run, "ref_path")
-        if (run.stat_path is None) == (run.img_folder is None):
-            raise UserError("--mode fid takes one of --stat_path and --img_folder")
-    else:
-        defaults.required(run, *(["dest", "img_folder"] if run.mode == "gen" else ["dest"]))
-    config = defaults.resolve(flags)
-    with dist_util.session():
-        result = score(run) if run.mode == "fid" else make_statistics(run, config.data)
-        if dist_util.rank() == 0:
-            print(result)
+    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__)
+    metrics = check(run, flags)
+    needs_features = bool({"kid", "pr"} & set(metrics))
+
+    def read(path):  # features stay on the first rank, which computes the scores
+        return dist_util.agree(lambda: misc.read_statistics(path, needs_features and dist_util.rank() == 0))
+
+    def report(reference, images):
+        values = score(reference, images, metrics, device)
+        if run.csv:
+            append_row(run.csv, values, images.metadata, run.ref_path)
+        single = len(values) == 1
+        print("\n".join(show(value) if single else f"{name} {show(value)}" for name, value in values.items()))
+        if "kid" in values:  # four decimals are few for it
+            misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
+
+    with dist_util.session() as device:
+        if run.mode == "fid":
+            reference = read(run.ref_path)
+            if run.stat_path:
+                images = read(run.stat_path)
+                misc.check_comparable(reference, len(images.mu), images.metadata, run.force)
+            else:
+                images = make_statistics(run, flags, metrics, device, reference)
+            dist_util.on_first_rank(lambda: report(reference, images))
+        else:
+            statistics = make_statistics(run, flags, metrics, device)
+            dist_util.on_first_rank(lambda: misc.write_statistics(run.dest, statistics))
+            if dist_util.rank() == 0:
+                print(run.dest)
 
 
 if __name__ == "__main__":

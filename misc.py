@@ -5,7 +5,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
+import re
+import struct
 import sys
 import zipfile
 import zlib
@@ -16,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import defaults
@@ -125,6 +128,11 @@ class MemoryImages(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
+    @property
+    def shape(self):
+        """(C, H, W) of the images."""
+        return tuple(self.images.shape[1:])
+
     def __getitems__(self, indices):
         return self.images[indices], self.labels[indices]
 
@@ -132,20 +140,43 @@ class MemoryImages(torch.utils.data.Dataset):
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
+def decode(data):
+    """Pillow image in mode L or RGB from the bytes of a file; ValueError or OSError saying why it cannot be one.
+
+    Black and white becomes grey, palettes become RGB, and opaque alpha is dropped: nothing of the picture is lost.  What
+    would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
+    """
+    deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # Pillow would drop the low bits of 16 without a word
+    with Image.open(io.BytesIO(data)) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"it has {image.n_frames} frames: keep one of them")
+        image.load()
+    if deep or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        depth = "16 bits" if deep else f"mode {image.mode}"
+        raise ValueError(f"it has {depth}: convert it to 8-bit grey or RGB first")
+    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise ValueError("it has transparent pixels: put it on a background first")
+        image.info.pop("transparency", None)
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
 class ImageFiles(torch.utils.data.Dataset):
-    """Images of a flat folder, of class folders or of a zip of either, in the order of their names.
+    """Images of a flat folder, of class folders (nested or not) or of a zip of either, in the order of their names.
 
     The first folder level under `path`, where there is one, is the class.  With `size` and `channels` images are cropped to
-    their central square, resized (Lanczos) and converted; without, they are taken as they are and must be grey or RGB.
-    Batches are uint8 (N, C, H, W) and int64 labels (N,).
+    their central square, resized (Lanczos) and converted, and files that are not images are passed over.  Without, as scores
+    want it, images are taken as they are and must be alike, and a file that is not an image is an error (but for eval.json).
+    decode() says which kinds are read.  Batches are uint8 (N, C, H, W) and int64 labels (N,).
     """
 
     def __init__(self, path, size=None, channels=None):
         self.path, self.size, self.channels = Path(path), size, channels
-        self.zip = self.zip_owner = None
+        self.zip = self.zip_owner = self.first_shape = None
         try:
             if self.path.is_dir():
-                names = [f.relative_to(self.path).as_posix() for f in self.path.rglob("*") if f.is_file()]
+                names = list(_files_under(self.path))
             elif zipfile.is_zipfile(self.path):
                 with zipfile.ZipFile(self.path) as archive:
                     names = [n for n in archive.namelist() if not n.endswith("/")]
@@ -153,13 +184,23 @@ class ImageFiles(torch.utils.data.Dataset):
                 raise UserError(f"{self.path} is neither a folder nor a zip of images")
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
-        visible = (n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
-        self.names = sorted(n for n in visible if Path(n).suffix.lower() in SUFFIXES)
+        visible = sorted(n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
+        self.names = [n for n in visible if os.path.splitext(n)[1].lower() in SUFFIXES]
+        images = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
+        others = [n for n in visible if os.path.splitext(n)[1].lower() not in SUFFIXES and n.split("/")[-1] != "eval.json"]
         if not self.names:
-            raise UserError(f"no images in {self.path}: expected {', '.join(sorted(SUFFIXES))} files, flat or in class folders")
+            beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
+            raise UserError(
+                f"no images in {self.path}{beside}: expected {', '.join(sorted(SUFFIXES))} files, flat or in class folders"
+            )
+        if others and size is None:
+            raise UserError(f"{self.path} holds {images} and {len(others)} other files, such as {others[0]}: move them away")
+        if others:
+            log(f"{self.path} holds {images} and {len(others)} other files, such as {others[0]}, which are passed over")
         folders = [n.split("/")[0] if "/" in n else "" for n in self.names]
         self.classes = sorted(set(folders))
-        self.labels = torch.tensor([self.classes.index(f) for f in folders])
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = torch.tensor([index[f] for f in folders])
 
     def __len__(self):
         return len(self.names)
@@ -167,20 +208,28 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getstate__(self):
         return {**self.__dict__, "zip": None, "zip_owner": None}
 
+    @property
+    def shape(self):
+        """(C, H, W) of the images."""
+        if self.first_shape is None:
+            self.first_shape = tuple(self.read(0).shape)
+        return self.first_shape
+
     def read(self, index):
         """uint8 tensor (C, H, W)."""
         name = self.names[index]
         try:
             if self.path.is_dir():
-                data = (self.path / name).read_bytes()
+                with open(os.path.join(self.path, name), "rb") as file:
+                    data = file.read()
             else:
                 if self.zip_owner != os.getpid():  # a forked worker must not share its parent's place in the file
                     self.zip, self.zip_owner = zipfile.ZipFile(self.path), os.getpid()
                 data = self.zip.read(name)
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
+            image = decode(data)
         except (OSError, ValueError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read image {name} in {self.path}: {error}") from error
+            why = "it is damaged or no image" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"cannot read image {name}, one of {len(self)} in {self.path}: {why}") from error
         if self.size is not None:
             image = image.convert("L" if self.channels == 1 else "RGB")
             side = min(image.size)
@@ -188,18 +237,59 @@ class ImageFiles(torch.utils.data.Dataset):
             box = (left, top, left + side, top + side)
             if image.size != (self.size, self.size):
                 image = image.resize((self.size, self.size), Image.Resampling.LANCZOS, box=box)
-        elif image.mode not in ("L", "RGB"):
-            raise UserError(f"image {name} in {self.path} has mode {image.mode}: convert it to 8-bit grey or RGB first")
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
     def __getitems__(self, indices):
         images = [self.read(i) for i in indices]
         for i, image in zip(indices, images):
-            if image.shape != images[0].shape:
-                shapes = " and ".join("x".join(map(str, x.shape)) for x in (images[0], image))
-                raise UserError(f"images of different sizes in {self.path}: {shapes} ({self.names[i]})")
+            if tuple(image.shape) != self.shape:
+                first, other = ("x".join(map(str, (*shape[1:], shape[0]))) for shape in (self.shape, image.shape))
+                raise UserError(
+                    f"images of different sizes among the {len(self)} in {self.path}: "
+                    f"{self.names[0]} is {first}, {self.names[i]} is {other}"
+                )
         return torch.stack(images), self.labels[indices]
+
+
+def _files_under(folder):
+    def refuse(error):
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        yield from names if inside == "." else (f"{inside}/{name}" for name in names)
+
+
+def load_array(path):
+    """MemoryImages of an npz file with uint8 images `arr_0` (N, H, W, 1 or 3), as samplers of others write them.
+
+    They stay on the disk and are read when needed, unless the npz is compressed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo("arr_0.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            with open(path, "rb") as file:
+                file.seek(member.header_offset)
+                file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)  # past the name and the extra field
+                major, _ = np.lib.format.read_magic(file)
+                read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+                shape, columns_first, dtype = read_header(file)
+                if dtype.hasobject or columns_first:
+                    raise ValueError("not a plain array")
+                array = np.memmap(path, dtype, "c", file.tell(), shape) if 0 not in shape else np.empty(shape, dtype)
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                array = archive["arr_0"]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # damaged zip, missing or pickled array
+        raise UserError(f"{path} is not an npz file with an array `arr_0` of images, or it is damaged") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}: expected uint8 images (N, H, W, 1 or 3)")
+    images = torch.from_numpy(array).permute(0, 3, 1, 2)
+    return MemoryImages(images, torch.zeros(len(images), dtype=torch.long))
 
 
 TORCHVISION_FILES = {
@@ -265,7 +355,7 @@ def data_mean(dataset, centered, bsz=256):
     mine = range(dist_util.rank(), len(dataset), dist_util.world_size())
 
     def add_up():
-        total = torch.zeros(dataset.__getitems__([0])[0].shape[1:], dtype=torch.float64)
+        total = torch.zeros(dataset.shape, dtype=torch.float64)
         with progress(len(mine), "data mean") as bar:
             for start in range(0, len(mine), bsz):
                 images = dataset.__getitems__(list(mine[start : start + bsz]))[0]
@@ -325,10 +415,17 @@ def batches(dataset, data, train, start):
         pin_memory=torch.cuda.is_available(),
         persistent_workers=data.num_workers > 0,
     )
-    try:
+    with worker_errors(LoneError):
         yield from loader
-    except UserError as error:  # a worker's comes with its traceback in the text
-        raise LoneError(str(error).strip().splitlines()[-1].removeprefix("dist_util.UserError: ")) from error
+
+
+@contextmanager
+def worker_errors(kind):
+    """UserErrors of a data set as `kind`, also those of a worker process, which come with its traceback in their text."""
+    try:
+        yield
+    except UserError as error:
+        raise kind(str(error).strip().splitlines()[-1].removeprefix("dist_util.UserError: ")) from error
 
 
 def _as_it_is(batch):
@@ -441,9 +538,17 @@ class Trained:
     path: str
     knows_mean: bool = True
 
-    def describe(self):
-        """What statistics and result files record about a model."""
-        return {"checkpoint": str(self.path), "sha256": file_hash(self.path), "step": self.step}
+    def record(self, seeds):
+        """How the images of these seeds are made: what eval.json and statistics hold about them."""
+        return {
+            "checkpoint": str(self.path),
+            "sha256": file_hash(self.path),
+            "step": self.step,
+            "nfe": nfe(self.config),
+            "start_seed": seeds[0],
+            "end_seed": seeds[-1],
+            "config": defaults.to_dict(self.config),
+        }
 
 
 def override(config, flags, path):
@@ -560,91 +665,336 @@ def generate(trained, seeds, desc="sampling"):
             bar.update(len(batch))
 
 
+class Generated:
+    """The images of a trained model with these seeds, as a set to be measured that never touches the disk."""
+
+    def __init__(self, trained, seeds):
+        self.trained, self.seeds = trained, seeds
+
+    def __len__(self):
+        return len(self.seeds)
+
+    @property
+    def shape(self):
+        """(C, H, W) of the images."""
+        return tuple(self.trained.mean.shape)
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+WEIGHTS = {
+    # flag: (file, where it is published, what needs it)
+    "inception_weights": (
+        "pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+        "Inception features need",
+    ),
+    "lpips_weights": (
+        "lpips_weights.pt",
+        "https://github.com/photosynthesis-team/piq/releases/download/v0.4.0",
+        "--loss_norm lpips needs",
+    ),
+    "vgg_weights": ("vgg16-397923af.pth", "https://download.pytorch.org/models", "--loss_norm lpips needs"),
+}
+
+
+def weights_file(flag, path, download):
+    """(path, SHA-256) of a published weights file: `path`, or its own name in weights/; rank 0 downloads it if asked to.
+
+    A name that ends in -XXXXXXXX.pth promises how the SHA-256 begins: UserError if it does not, or if there is no file.
+    """
+    name, place, need = WEIGHTS[flag]
+    path, url = Path(path or Path("weights") / name), f"{place}/{name}"
+    promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+
+    def fetch():
+        published = re.search(r"-([0-9a-f]{8})\.", name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), published and published[1], progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: another hash than its name says
+            raise UserError(f"cannot download {url} to {path}: {' '.join(str(error).split())}") from error
+        log(f"downloaded {path}, SHA-256 {file_hash(path)}")
+
+    def find():
+        if not path.is_file():
+            raise UserError(f"{need} {path}: get it from {url}, name yours with --{flag}, or add --download")
+        try:
+            digest = file_hash(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if promised and not digest.startswith(promised[1]):
+            raise UserError(f"{path} is damaged or another file: its SHA-256 begins with {digest[:8]}; remove it and get {url}")
+        return path, digest
+
+    if download:
+        dist_util.on_first_rank(lambda: None if path.exists() else fetch())
+    return dist_util.agree(find)
+
+
+# ------------------------------------------------------------------------------------------------------- features
+# A feature extractor maps uint8 images (B, C, H, W) to features (B, d).  `unit` is what the features are to be divided by;
+# `metadata` is what two statistics must have in common to be compared.
+
+
+class Pixels:
+    """Raw pixels in [0, 1].  As uint8, with unit 255, so that their sums are exact."""
+
+    name = "pixels"
+    unit = 255
+    metadata = {"features": "pixels", "preprocessing": "uint8/255", "precision": "exact sums of integers"}
+
+    def __init__(self, device):
+        self.device = device
+
+    def dimension(self, shape):
+        return math.prod(shape)
+
+    def __call__(self, images):
+        return images.to(self.device).flatten(1)
+
+
+class Inception:
+    """The 2,048 features of FID's InceptionV3, with the weights of a file; UserError if it holds others."""
+
+    name = "inception"
+    unit = 1
+
+    def __init__(self, device, path, digest):
+        import inception  # which imports torchvision: slow, and pixels do without
+
+        try:
+            self.network = inception.Inception(torch.load(path, map_location="cpu", weights_only=True)).to(device)
+        except Exception as error:  # whatever the unpickler meets in a damaged or hostile file; other tensors
+            why = f": {error}" if isinstance(error, ValueError) else ""
+            raise UserError(f"{path} does not hold the weights of FID's InceptionV3{why}") from error
+        self.device = device
+        self.metadata = {
+            "features": "inception",
+            "weights": digest,
+            "preprocessing": inception.PREPROCESSING,
+            "precision": "float32 features, float64 sums",
+        }
+
+    def dimension(self, shape):
+        return 2048
+
+    def __call__(self, images):
+        parts = images.split(256 if self.device.type == "cuda" else 32)  # the activations of 32 images take 0.3 GB
+        return torch.cat([self.network(part.to(self.device)) for part in parts])
+
+
+def load_features(name, device, weights=None, download=False):
+    """The feature extractor `name`, "pixels" or "inception"; every rank calls this together."""
+    if name == "pixels":
+        return Pixels(device)
+    path, digest = weights_file("inception_weights", weights, download)
+    published = re.search(r"-([0-9a-f]{8})\.", WEIGHTS["inception_weights"][0])[1]
+    if not digest.startswith(published):
+        log(f"warning: {path} is not the published file (SHA-256 {published}...): its scores compare with none but its own")
+    return dist_util.agree(lambda: Inception(device, path, digest))
+
+
+def choose_features(asked, channels, reference=None):
+    """What `--features auto` stands for: the reference's features, or pixels for grey images and inception for colour.
+
+    UserError if the reference has others than those asked for.
+    """
+    if reference is None:
+        return asked if asked != "auto" else "pixels" if channels == 1 else "inception"
+    theirs = reference.metadata.get("features") or ("inception" if len(reference.mu) == 2048 else "pixels")
+    if asked not in ("auto", theirs):
+        raise UserError(f"--features is {asked}, but the reference holds {theirs}: leave it out, or make the reference again")
+    return theirs
+
+
+def metadata_of(extract, shape, n):
+    """What statistics of n images (C, H, W) say about themselves."""
+    return {"n": n, "image": list(shape), **extract.metadata}
+
+
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
-def statistics(dataset, bsz=500):
-    """(n, mean (d,), covariance (d, d)) of the pixels in [0, 1] of a dataset of uint8 batches, float64 numpy.
+@dataclasses.dataclass
+class Statistics:
+    """Mean and covariance of the features of a set of images, and how they came to be."""
 
-    Each rank adds up its share, every image once: sums of integers, exact in float64 (for fewer than 10^11 images), so the
-    result does not depend on ranks or batches.  The covariance is that of numpy.cov, over n - 1.
+    mu: np.ndarray  # (d,) float64
+    sigma: np.ndarray  # (d, d) float64, that of numpy.cov, over n - 1
+    metadata: dict  # n, image, features, ...; empty for files of other tools
+    features: torch.Tensor | None = None  # (n, d) float32, for KID, precision and recall; on rank 0 alone
+
+
+BATCH = 256  # images at a time; 256 * 255^2 < 2^24, so that float32 adds up as many products of bytes without rounding
+
+
+def subset(total, count, seed):
+    """`count` of the indices 0 ... total - 1, in order, drawn from the seed alone; UserError if there are too few."""
+    if count is None or count == total:
+        return range(total)
+    if count > total:
+        raise UserError(f"--num is {count}, but there are only {total} images")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "subset", total)))
+    return sorted(order[:count].tolist())
+
+
+def read(source, indices, num_workers=0):
+    """Yield the uint8 images (B, C, H, W), B up to BATCH, of a data set or of Generated images, with a progress bar."""
+    if isinstance(source, Generated):
+        rest = torch.empty(0, *source.shape, dtype=torch.uint8)
+        for _, images in generate(source.trained, [source.seeds[i] for i in indices]):
+            *full, rest = torch.cat([rest, images]).split(BATCH)
+            yield from full
+        if len(rest):
+            yield rest
+        return
+    chunks = [list(indices[i : i + BATCH]) for i in range(0, len(indices), BATCH)]
+    workers = min(num_workers, len(chunks))
+    loader = torch.utils.data.DataLoader(source, batch_sampler=chunks, collate_fn=_as_it_is, num_workers=workers)
+    with progress(len(indices), "statistics") as bar, worker_errors(UserError):
+        for images, _ in loader:
+            yield images
+            bar.update(len(images))
+
+
+def measure(source, extract, made=None, count=None, seed=0, keep=False, num_workers=0):
+    """Statistics of the features of a data set or of Generated images, or of a seeded subset of `count`.
+
+    Each rank takes every world_size-th image, and every image counts once.  Pixels are added up exactly, as integers (for
+    fewer than 10^11 images), so that their statistics do not depend on the ranks; other features in float64.  With `keep`,
+    the features themselves are gathered on rank 0.  `made` is added to the metadata.
+    UserError for fewer than two images, for more than 20,000 features, and for images that cannot be read.
     """
-    mine = range(dist_util.rank(), len(dataset), dist_util.world_size())
+    indices = subset(len(source), count, seed)
+    n, world = len(indices), dist_util.world_size()
+    if n < 2:
+        raise UserError(f"{n} image{'s' * (n != 1)}: a covariance needs two or more")
 
     def add_up():
-        shape = dataset.__getitems__([0])[0].shape[1:]
-        dimension = shape.numel()
+        dimension = extract.dimension(source.shape)
         if dimension > 20000:  # the matrix alone would take 3 GB
-            raise UserError(f"images of {'x'.join(map(str, shape))} have {dimension} pixel features: that is too many to score")
-        total, outer = torch.zeros(dimension, dtype=torch.float64), torch.zeros(dimension, dimension, dtype=torch.float64)
-        with progress(len(mine), "statistics") as bar:
-            for start in range(0, len(mine), bsz):
-                images = dataset.__getitems__(list(mine[start : start + bsz]))[0]
-                if images.shape[1:] != shape:
-                    raise UserError(
-                        f"images of different sizes in {dataset.path}: all must have the size of {dataset.names[0]}"
-                    )
-                pixels = images.flatten(1).double()
-                total += pixels.sum(0)
-                outer.addmm_(pixels.T, pixels)
-                bar.update(len(pixels))
-        return total, outer
+            size = "x".join(map(str, (*source.shape[1:], source.shape[0])))
+            raise UserError(
+                f"images of {size} have {dimension} pixels: too many for their covariance; use --features inception"
+            )
+        total = torch.zeros(dimension, dtype=torch.float64, device=extract.device)
+        outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=extract.device)
+        kept = []
+        for images in read(source, indices[dist_util.rank() :: world], num_workers):
+            features = extract(images)
+            if keep:
+                kept.append((features.float() / extract.unit).cpu())
+            rows = features.float() if features.dtype == torch.uint8 else features.double()
+            total += rows.sum(0)
+            outer += rows.T @ rows
+        return total, outer, torch.cat(kept) if kept else torch.zeros(0, dimension)
 
-    if len(dataset) < 2:
-        raise UserError(f"{len(dataset)} image: a covariance needs two or more")
-    total, outer = (dist_util.sum_over_ranks(x) for x in dist_util.agree(add_up))
-    n = len(dataset)
+    total, outer, kept = dist_util.agree(add_up)
+    total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
     mu = total / n
-    # n outer - total total^T is exact while the integers stay below 2^53; beyond, it is as good as float64 gets.
+    # For pixels n outer - total total^T is exact while the integers stay below 2^53; beyond, it is as good as float64 gets.
     sigma = (outer - torch.outer(mu, total)) / (n - 1)
-    return n, (mu / 255).numpy(), (sigma / 255**2).numpy()
+    features = None
+    if keep and (parts := dist_util.gather_on_first(kept)):
+        features = torch.empty(n, len(mu))
+        for r, part in enumerate(parts):
+            features[r::world] = part
+    record = {**metadata_of(extract, source.shape, n), **(made or {})}
+    if n != len(source):
+        record["subset"] = {"of": len(source), "seed": seed}
+    return Statistics((mu / extract.unit).numpy(), (sigma / extract.unit**2).numpy(), record, features)
 
 
-def write_statistics(dest, n, mu, sigma, metadata):
-    """npz with float64 `mu` and `sigma`, as pytorch-fid and EDM write them, and how they came to be (`metadata`, JSON)."""
+def write_statistics(dest, statistics):
+    """npz with float64 `mu` and `sigma`, as pytorch-fid and EDM write them; `metadata` (JSON), and `features` if kept."""
+    arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "metadata": json.dumps(statistics.metadata)}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features.numpy()
     with atomic(dest) as temporary, open(temporary, "wb") as file:
-        np.savez(file, mu=mu, sigma=sigma, metadata=json.dumps({"n": n, "features": "pixels", **metadata}))
+        np.savez(file, **arrays)
 
 
-def read_statistics(path):
-    """(mu, sigma, metadata dict) of a statistics file; the dict is empty for files of other tools."""
+def read_statistics(path, features=False):
+    """Statistics of a file, ours or of other tools; with `features`, UserError if it holds none."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
             metadata = json.loads(str(archive["metadata"])) if "metadata" in archive else {}
+            kept = torch.from_numpy(archive["features"].astype(np.float32)) if features and "features" in archive else None
+            if not isinstance(metadata, dict) or not isinstance(metadata.get("n", 0), int):
+                raise ValueError("metadata of another kind")
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}: make it with fid.py --mode ref or --mode gen") from error
     except Exception as error:  # damaged zip, pickled arrays, missing names, not numbers
         raise UserError(f"{path} is not a statistics file with `mu` and `sigma`, or it is damaged") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
-    return mu, sigma, metadata
+    if features and kept is None:
+        raise UserError(f"{path} holds no features, which kid and pr need: make it again with --metrics fid,kid,pr")
+    if features and (kept.ndim != 2 or kept.shape[1] != len(mu) or not kept.isfinite().all()):
+        raise UserError(f"{path} does not hold finite features (n, {len(mu)}): {tuple(kept.shape)}")
+    return Statistics(mu, sigma, metadata, kept)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the squared 2-Wasserstein distance of Gaussians.
+def check_comparable(reference, dimension, metadata, force=False):
+    """UserError unless images with so many features, and this metadata, are of the reference's feature space.
 
-    The trace of the root is the sum of the roots of the eigenvalues of A^T sigma2 A, where sigma1 = A A^T: symmetric, so
-    real, and sound for singular covariances.  Eigenvalues within rounding of zero count as zero, since the root of 1e-16
-    would be 1e-8.
+    With `force` only the number of features must agree.  Warns of statistics that say nothing about themselves, and of few
+    images.
     """
+    theirs = reference.metadata
+    for name, one in (("reference", theirs), ("images", metadata)):
+        if not one:
+            log(f"warning: the statistics of the {name} do not say how they were made: nothing but their size is checked")
+        if one.get("features") == "inception" and one.get("n", 2048) < 2048:
+            log(f"warning: {one['n']} images ({name}) for 2,048 features: the score is large for that alone")
+    names = [k for k in ("features", "weights", "image", "preprocessing", "precision") if k in theirs and k in metadata]
+    text = "; ".join(f"{k} {theirs[k]} and {metadata[k]}" for k in names if theirs[k] != metadata[k])
+    if dimension != len(reference.mu):
+        text = f" ({text})" if text else ": they are of different sizes or feature spaces"
+        raise UserError(f"the reference has {len(reference.mu)} features and the images {dimension}{text}")
+    if text and not force:
+        raise UserError(f"the reference and the images do not compare: {text} (--force compares them all the same)")
+    if text:
+        log(f"warning: comparing what differs: {text}")
+
+
+def frechet_distance(a, b):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Statistics: the squared 2-Wasserstein distance of
+    Gaussians (FID, arXiv 1706.08500, eq. 6).
+
+    The trace of the root is the sum of the roots of the eigenvalues of sigma2 sigma1, which are those of the symmetric
+    A^T sigma2 A where sigma1 = A A^T, so real: by Cholesky where sigma1 is definite, else by its eigenvectors, where
+    eigenvalues within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
+    """
+    tiny = 16 * np.finfo(np.float64).eps
 
     def roots(values, scale):
-        floor = len(values) * np.finfo(np.float64).eps * scale
-        return np.sqrt(np.where(values > floor, values, 0))
+        return np.sqrt(np.where(values > tiny * scale, values, 0))
 
-    values, vectors = scipy.linalg.eigh(sigma1)
-    a = vectors * roots(values, values[-1])
-    root = roots(scipy.linalg.eigvalsh(a.T @ sigma2 @ a), values[-1] * np.linalg.norm(sigma2)).sum()
-    return max(float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root), 0.0)
+    try:
+        pivots = scipy.linalg.cholesky(a.sigma).diagonal()
+        definite = pivots.min() ** 2 > len(pivots) * tiny * pivots.max() ** 2
+    except np.linalg.LinAlgError:
+        definite = False
+    if definite:
+        root = np.sqrt(np.maximum(scipy.linalg.eigh(b.sigma, a.sigma, type=2, driver="gv", eigvals_only=True), 0)).sum()
+    else:
+        values, vectors = scipy.linalg.eigh(a.sigma, driver="evd")
+        half = vectors * roots(values, values[-1])
+        root = roots(scipy.linalg.eigvalsh(half.T @ b.sigma @ half), values[-1] * np.linalg.norm(b.sigma)).sum()
+    return max(float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root), 0.0)
 
 
-def folder_statistics(path):
-    """(n, mu, sigma, metadata) of a folder or zip of images; metadata["made_by"] is eval.py's record, or empty.
+def open_images(path):
+    """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty.
 
     UserError if the folder lacks images that the record speaks of.
     """
-    dataset = dist_util.agree(lambda: ImageFiles(path))
+    if Path(path).suffix == ".npz":
+        return load_array(path), {"source": str(path), "made_by": {}}
+    images = ImageFiles(path)
     record, made_by = Path(path) / "eval.json", {}
     if record.is_file():
         try:
@@ -652,9 +1002,8 @@ def folder_statistics(path):
             expected = made_by["end_seed"] - made_by["start_seed"] + 1
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{record} is damaged: make the images again, or remove it") from error
-        if len(dataset) != expected:
+        if len(images) != expected:
             raise UserError(
-                f"{path} holds {len(dataset)} of the {expected} images that its eval.json speaks of: make them again"
+                f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of: make them again"
             )
-    n, mu, sigma = statistics(dataset)
-    return n, mu, sigma, {"source": str(path), "made_by": made_by}
+    return images, {"source": str(path), "made_by": made_by}

@@ -59,12 +59,24 @@ def transport(x, d, t, s):
 
     a sum of terms of one sign, which loses none.  At t = s the result is x itself, t = 0 included.
     """
+    keep, pull = transport_weights(t, s)
+    return like(keep, x) * x + like(pull, x) * d
+
+
+def transport_weights(t, s):
+    """Weights of x and of d in T(x, d; t, s)."""
     beta_t, beta_s = beta(t), beta(s)
     one = torch.ones_like(beta_t)
     safe = torch.where(beta_t > 0, beta_t, one)  # only t = s = 0 has beta_t = 0
     keep = torch.where(t == s, one, beta_s / safe)
     pull = (t - s) * (alpha(s) * (2 - t - s) / torch.where(beta_t > 0, beta_t + beta_s, one) + beta_s) / safe
-    return like(keep, x) * x + like(pull, x) * d
+    return keep, pull
+
+
+def data_between(x, y, t, s):
+    """The image d with T(x, d; t, s) = y, for s < t: a mean of the denoiser on the way from x to y."""
+    keep, pull = transport_weights(t, s)
+    return (y - like(keep, x) * x) / like(pull, x)
 
 
 # --------------------------------------------------------------------------------------------- preconditioning
@@ -197,7 +209,7 @@ def huber(a, b):
     return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
-DISTANCES = {"l2": l2, "huber": huber}
+DISTANCES = {"l2": l2, "huber": huber}  # and lpips.py's
 
 
 def denoising_loss(d, x0, t, sigma):
@@ -218,19 +230,25 @@ def pair_probabilities(K, one_step, to_data):
     return p
 
 
-def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance):
+def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_data=False):
     """Paper's regression on discretised characteristics, and the stage-1 loss at s = t, in one forward pass.
 
     denoise     D(x, t, s) of the student
     states      (2, B, ...) teacher states at grid points k and l, (B,) indices with k < l, of the grid ts (K + 1,)
     x0, z, t    (B', ...) images and noise and (B',) times for the stage-1 loss; B' may be 0
+    on_data     compare the images D(x_k, t_k, t_l) and data_between(x_k, x_l) instead: equal exactly when the states are, and
+                free of noise, for a distance that is meant for images
     Returns the distances of G(x_k, t_k, t_l) to x_l, (B,), and the stage-1 losses, (B',).
     """
     x_k, x_l = states
     x = torch.cat([x_k, interpolate(x0, z, t)])
     d = denoise(x, torch.cat([ts[k], t]), torch.cat([ts[l], t]))
     d_k, d_0 = d.split([len(x_k), len(x0)])
-    return distance(transport(x_k, d_k, ts[k], ts[l]), x_l), denoising_loss(d_0, x0, t, sigma)
+    if on_data:
+        distances = distance(d_k, data_between(x_k, x_l, ts[k], ts[l]))
+    else:
+        distances = distance(transport(x_k, d_k, ts[k], ts[l]), x_l)
+    return distances, denoising_loss(d_0, x0, t, sigma)
 
 
 def semigroup_losses(denoise, ema, teacher_step, x0, z, i, j, k, ts, z_dsm, t, sigma, distance):

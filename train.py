@@ -30,6 +30,19 @@ class Run:
     workdir: str | None = setting(None, "folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
     teacher: str | None = setting(None, "checkpoint of the denoiser to distil (mode characteristic)")
     resume: str | None = setting(None, "checkpoint to continue from")
+    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
+    inception_weights: str | None = setting(
+        None,
+        f"file of the InceptionV3's weights, if --ref_path needs it; weights/{misc.WEIGHTS['inception_weights'][0]} if "
+        "left out",
+    )
+    lpips_weights: str | None = setting(
+        None, f"file of LPIPS's channel weights, for --loss_norm lpips; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out"
+    )
+    vgg_weights: str | None = setting(
+        None, f"file of the VGG16's weights, for --loss_norm lpips; weights/{misc.WEIGHTS['vgg_weights'][0]} if left out"
+    )
+    download: bool = setting(False, "fetch weights where they are published, if their files are missing")
 
 
 # ----------------------------------------------------------------------------------------------------- objectives
@@ -63,11 +76,11 @@ class Denoising:
 class Distillation:
     """What the two objectives of stage 2 share: the grid, the teacher, and adding the stage-1 loss."""
 
-    def __init__(self, model, config, teacher, device):
+    def __init__(self, model, config, teacher, distance, device):
         train, sampling = config.train, config.sampling
         self.model, self.config, self.teacher = model, config, teacher
         self.ts = sde.grid(sampling.num_steps, 1 - train.train_eps1, train.train_eps0, sampling.rho).to(device)
-        self.distance = sde.DISTANCES[config.distil.loss_norm]
+        self.distance = distance
         self.solver = sde.SOLVERS[config.distil.teacher_solver]
 
     def teacher_step(self, label):
@@ -95,8 +108,8 @@ class Trajectory(Distillation):
     at a step is a function of the step.
     """
 
-    def __init__(self, model, config, teacher, device, start):
-        super().__init__(model, config, teacher, device)
+    def __init__(self, model, config, teacher, distance, device, start):
+        super().__init__(model, config, teacher, distance, device)
         distil, self.bsz = config.distil, config.train.bsz
         self.n_dsm = round(distil.dsm_share * self.bsz) if distil.dsm_weight else 0
         K, shape = config.sampling.num_steps, teacher.mean.shape
@@ -148,17 +161,17 @@ class Trajectory(Distillation):
         if label is not None:
             label = torch.cat([misc.one_hot(self.labels[which], self.config.network.label_dim), label[:n_dsm]])
         denoise = lambda x, t, s: self.model(x, t, s, label)  # noqa: E731
-        sigma = self.config.network.sigma_data
+        sigma, on_data = self.config.network.sigma_data, self.config.distil.loss_norm == "lpips"
         return self.combine(
-            *sde.trajectory_losses(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), sigma, self.distance)
+            *sde.trajectory_losses(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), sigma, self.distance, on_data)
         )
 
 
 class Semigroup(Distillation):
     """What the authors' released code runs: consistency of the flow map along a few steps of the teacher."""
 
-    def __init__(self, model, config, teacher, device, ema):
-        super().__init__(model, config, teacher, device)
+    def __init__(self, model, config, teacher, distance, device, ema):
+        super().__init__(model, config, teacher, distance, device)
         self.ema = ema.module
         lengths = torch.arange(1, min(config.distil.teacher_steps, len(self.ts) - 1) + 1, dtype=torch.float64)
         uniform = config.distil.teacher_steps_strategy == "uniform"
@@ -184,6 +197,27 @@ class Semigroup(Distillation):
                 self.distance,
             )
         )
+
+
+def make_distance(run, config, device):
+    """--loss_norm as a function of two batches of images in the model's range, (B, C, H, W) each -> (B,).
+
+    LPIPS as the reference has it: average pooling, images of fewer than 256 pixels resized to 224, grey repeated.
+    """
+    if config.distil.loss_norm != "lpips":
+        return sde.DISTANCES[config.distil.loss_norm]
+    import lpips  # which imports torchvision, slowly
+
+    files = [misc.weights_file(name, getattr(run, name), run.download)[0] for name in ("lpips_weights", "vgg_weights")]
+
+    def load():
+        try:
+            return lpips.LPIPS(*files, pooling="avg").to(device)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{error}") from error
+
+    network, centered = dist_util.agree(load), config.data.centered
+    return lambda a, b: network(*(lpips.at_vgg_size((x + 1) / 2 if centered else x) for x in (a, b)))
 
 
 # --------------------------------------------------------------------------------------------------- one step
@@ -273,14 +307,36 @@ def read_metrics(workdir):
     return [json.loads(line) for line in lines]
 
 
-def draw_samples(path, model, config, mean):
-    """Grid of --nsampling images of seeds 0, 1, ..., with the sampling settings; in one step from a flow map."""
+def preview(model, config, mean):
+    """The model as it is drawn and scored during training: with the sampling settings, but a flow map in one step."""
     if config.task.mode == "characteristic":
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_steps=1))
-    trained = misc.Trained(model, config, mean, 0, "")
-    count = config.train.nsampling
+    return misc.Trained(model, config, mean, 0, "")
+
+
+def draw_samples(path, trained):
+    """Grid of --nsampling images of seeds 0, 1, ..."""
+    count = trained.config.train.nsampling
     images = torch.cat([images for _, images in misc.generate(trained, range(count), desc="samples")])
     misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
+
+
+class Score:
+    """Fréchet distance of --fid_num images to the statistics --ref_path, in their feature space; all ranks take part."""
+
+    def __init__(self, run, config, shape, device):
+        if not run.ref_path:
+            raise UserError("--ref_path is missing: --fid_freq scores against the statistics of fid.py --mode ref")
+        self.reference, self.count = dist_util.agree(lambda: misc.read_statistics(run.ref_path)), config.train.fid_num
+        features = misc.choose_features("auto", shape[0], self.reference)
+        self.name = "pixel_fid" if features == "pixels" else "fid"
+        self.extract = misc.load_features(features, device, run.inception_weights, run.download)
+        made = misc.metadata_of(self.extract, shape, self.count)
+        misc.check_comparable(self.reference, self.extract.dimension(shape), made)
+
+    def __call__(self, trained):
+        images = misc.measure(misc.Generated(trained, range(self.count)), self.extract)
+        return dist_util.on_first_rank(lambda: misc.frechet_distance(self.reference, images))
 
 
 def draw_loss_curve(workdir):
@@ -326,6 +382,8 @@ def train(run, flags, device):
     classes = int(dataset.labels.max()) + 1
     if config.network.label_dim and config.network.label_dim < classes:
         raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
+    score = Score(run, config, dataset.shape, device) if cfg.fid_freq else None
+    distance = make_distance(run, config, device) if teacher else None
     for name, section in defaults.to_dict(config).items():
         misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
 
@@ -352,13 +410,18 @@ def train(run, flags, device):
     if not teacher:
         objective = Denoising(model, config)
     elif config.distil.objective == "trajectory":
-        objective = Trajectory(model, config, teacher, device, start)
+        objective = Trajectory(model, config, teacher, distance, device, start)
     else:
-        objective = Semigroup(model, config, teacher, device, ema)
+        objective = Semigroup(model, config, teacher, distance, device, ema)
     data = misc.batches(dataset, config.data, cfg, start)
     parameters = list(model.parameters())
     generator = torch.Generator(device)
-    sums, since, clock = {}, 0, time.perf_counter()
+    sums, since, shown, clock = {}, 0, {}, time.perf_counter()
+
+    def record(line):
+        if rank == 0:
+            with open(workdir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def draw_round(step, r):
         seed_round(generator, cfg.seed, step, r)
@@ -389,15 +452,20 @@ def train(run, flags, device):
                 line = {"step": done, **dict(zip(names, values.tolist())), "lr": learning_rate(step, cfg)}
                 seconds = time.perf_counter() - clock
                 line["images_per_s"] = round(since * cfg.global_bsz / seconds, 1)
-                bar.set_postfix(loss=f"{line['loss']:.4g}")
-                if rank == 0:
-                    with open(workdir / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(line) + "\n")
+                record(line)
+                shown["loss"] = f"{line['loss']:.4g}"
+                bar.set_postfix(shown)
                 sums, since, clock = {}, 0, time.perf_counter()
             last, paused = done == cfg.train_steps, time.perf_counter()
             if cfg.sampling_freq and (done % cfg.sampling_freq == 0 or last):
                 picture = workdir / "samples" / f"{done:06d}.png"
-                dist_util.on_first_rank(lambda: draw_samples(picture, ema.module, config, mean))
+                dist_util.on_first_rank(lambda: draw_samples(picture, preview(ema.module, config, mean)))
+            if score and (done % cfg.fid_freq == 0 or last):
+                value = score(preview(ema.module, config, mean))
+                if rank == 0:
+                    record({"step": done, score.name: value, "images": cfg.fid_num})
+                    shown[score.name] = f"{value:.4f}"
+                    bar.set_postfix(shown)
             if done % cfg.dump_freq == 0 or last:
                 dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, model, ema, optim, done, config, mean.cpu()))
             clock += time.perf_counter() - paused  # images/s is that of training

@@ -1,8 +1,11 @@
 """Shared by the tests: running scripts as users do, tiny settings, and models small enough to be instant."""
 
+import json
+import math
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+GOLDEN = ROOT / "tests" / "golden"
 
 torch.set_num_threads(1)  # the models here are tiny; threads would only wait for each other
 
@@ -47,6 +52,54 @@ def trained(tmp_path_factory):
         "folders": [folder / "denoiser", folder / "flow"],
         "outputs": [first, second],
     }
+
+
+def golden_generator(name):
+    return torch.Generator().manual_seed(zlib.crc32(f"golden-1:{name}".encode()))
+
+
+def golden_tensor(key, shape):
+    """The weight that tests/golden/*.npz were computed with: a function of its name and shape."""
+    generator = golden_generator(key)
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.long)
+    if key.endswith("running_var"):
+        return 0.5 + torch.rand(shape, generator=generator)
+    x = torch.randn(shape, generator=generator)
+    if key.endswith(("bias", "running_mean")):
+        return 0.1 * x
+    return x * math.sqrt(2 / math.prod(shape[1:])) if len(shape) >= 2 else 1 + 0.1 * x
+
+
+def golden_images(name, shape):
+    """The uint8 images (N, C, H, W) that tests/golden/*.npz were computed from."""
+    generator, (n, c, h, w) = golden_generator(f"images:{name}"), shape
+    coarse = torch.rand((n, c, h // 4, w // 4), generator=generator)
+    x = torch.nn.functional.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=False)
+    x = x + 0.05 * torch.randn(shape, generator=generator)
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Files with the golden weights in the published formats: paths by name."""
+    from torchvision.models import vgg16
+
+    folder = tmp_path_factory.mktemp("weights")
+    shapes = json.loads((GOLDEN / "inception-keys.json").read_text())
+    with torch.device("meta"):
+        vgg = vgg16(weights=None).features
+    lin = [golden_tensor(f"lin{i}", (1, c, 1, 1)).abs() for i, c in enumerate((64, 128, 256, 512, 512))]
+    contents = {
+        "inception": {key: golden_tensor(key, tuple(shape)) for key, shape in shapes.items()},
+        "vgg": {f"features.{k}": golden_tensor(f"features.{k}", tuple(v.shape)) for k, v in vgg.state_dict().items()},
+        "piq": lin,
+        "lpips": {f"lin{i}.model.1.weight": tensor for i, tensor in enumerate(lin)},
+    }
+    paths = {name: folder / f"{name}.pth" for name in contents}
+    for name, content in contents.items():
+        torch.save(content, paths[name])
+    return paths
 
 
 class Gaussian:

@@ -1,9 +1,6 @@
 """The network against values and names of the established implementations, and the denoiser's identities."""
 
 import json
-import math
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +8,8 @@ import torch
 
 import network
 import sde
+from conftest import GOLDEN, golden_tensor
 
-GOLDEN = Path(__file__).parent / "golden"
 MNIST = {"img_resolution": 28, "img_channels": 1, "model_channels": 32, "channel_mult": (1, 2, 2), "attn_resolutions": (14,)}
 CIFAR = {"img_resolution": 32, "img_channels": 3}
 SMALL = {"img_resolution": 16, "img_channels": 3, "model_channels": 32, "channel_mult": (1, 2), "attn_resolutions": (8,)}
@@ -24,15 +21,6 @@ SETTINGS = {
     "small-conditional": dict(SMALL, num_blocks=1, label_dim=10, two_times=True),
     "small-ncsnpp": dict(SMALL, num_blocks=2, architecture="ncsnpp"),
 }
-
-
-def golden_tensor(key, shape):
-    """The weight that tests/golden/*.npz were computed with: a function of its name and shape."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"golden-1:{key}".encode()))
-    x = torch.randn(shape, generator=generator)
-    if key.endswith("bias"):
-        return 0.1 * x
-    return x * math.sqrt(2 / math.prod(shape[1:])) if len(shape) >= 2 else 1 + 0.1 * x
 
 
 @pytest.fixture(scope="module", params=SETTINGS)

@@ -17,12 +17,11 @@ from dist_util import UserError
 SCRIPTS = ("train", "eval", "fid", "teaser", "compare")
 MAY_IMPORT = {
     # imports point down
-    **dict.fromkeys(SCRIPTS, {"misc", "network", "defaults", "sde", "dist_util"}),
-    "misc": {"network", "defaults", "sde", "dist_util"},
+    **dict.fromkeys(SCRIPTS, {"misc", "network", "inception", "lpips", "defaults", "sde", "dist_util"}),
+    "misc": {"network", "inception", "lpips", "defaults", "sde", "dist_util"},
     "network": {"sde"},
     "defaults": {"dist_util"},
-    "sde": set(),
-    "dist_util": set(),
+    **dict.fromkeys(("sde", "dist_util", "inception", "lpips"), set()),
 }
 
 
@@ -216,7 +215,32 @@ MISTAKES = [
     (["eval.py", "--checkpoint", "README.md", "--workdir", "x", "--end_seed", "1"], "is not a checkpoint"),
     (["eval.py", "--checkpoint", "x", "--workdir", "x", "--start_seed", "5", "--end_seed", "1"], "--start_seed 5"),
     (["eval.py", "--churn", "perhaps"], "neither True nor False"),
-    (["fid.py", "--mode", "fid", "--ref_path", "a.npz"], "one of --stat_path and --img_folder"),
+    (["fid.py", "--mode", "fid", "--ref_path", "a.npz"], "one of --stat_path, --img_folder, --checkpoint"),
+    (["fid.py", "--mode", "gen", "--dest", "a.npz"], "one of --img_folder, --checkpoint"),
+    (
+        ["fid.py", "--mode", "gen", "--dest", "a.npz", "--img_folder", "x", "--checkpoint", "y"],
+        "one of --img_folder, --checkpoint",
+    ),
+    (
+        ["fid.py", "--mode", "gen", "--dest", "a.npz", "--img_folder", "x", "--num_steps", "1"],
+        "--num_steps is for images drawn",
+    ),
+    (
+        ["fid.py", "--mode", "gen", "--dest", "a.npz", "--checkpoint", "x", "--start_seed", "9", "--end_seed", "1"],
+        "--start_seed 9",
+    ),
+    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--num", "1798"], "--num is 1798, but there are only 1797 images"),
+    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--num", "1"], "--num is 1: a covariance needs two"),
+    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--metrics", "fid,kid,is"], "--metrics is fid,kid,is"),
+    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--metrics", ""], "--metrics is :"),
+    (["fid.py", "--ref_path", "a.npz", "--stat_path", "b.npz", "--num", "9"], "--num and --features are for images"),
+    (
+        ["fid.py", "--mode", "ref", "--dest", "a.npz", "--features", "inception"],
+        "need weights/pt_inception-2015-12-05-6726825d.pth",
+    ),
+    (["train.py", "--fid_freq", "10"], "--ref_path is missing"),
+    (["train.py", "--fid_freq", "10", "--ref_path", "nowhere.npz"], "there is no file nowhere.npz"),
+    (["train.py", "--fid_num", "1"], "--fid_num is 1"),
     (["fid.py", "--mode", "fid", "--ref_path", "nowhere.npz", "--stat_path", "b.npz"], "there is no file nowhere.npz"),
     (["fid.py", "--mode", "fid", "--ref_path", "README.md", "--stat_path", "b.npz"], "not a statistics file"),
     (["fid.py", "--mode", "ref"], "--dest is missing"),

@@ -1,7 +1,9 @@
-"""Statistics of images and the distance between them."""
+"""Sets of images, their statistics, and the scores between them."""
 
 import csv
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +11,21 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+import fid
+import inception
 import misc
-from conftest import run
+from conftest import golden_images, run
+from dist_util import UserError
+
+CPU = torch.device("cpu")
 
 
 def images(n=37, shape=(1, 6, 5), seed=0):
     return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def in_memory(batch):
+    return misc.MemoryImages(batch, torch.zeros(len(batch)))
 
 
 def write_folder(folder, batch, classes=None):
@@ -30,49 +41,200 @@ def covariance(rng, d, rank=None):
     return a @ a.T / a.shape[1]
 
 
+def gaussian(mu, sigma):
+    return misc.Statistics(mu, sigma, {})
+
+
+def distance(mu1, sigma1, mu2, sigma2):
+    return misc.frechet_distance(gaussian(mu1, sigma1), gaussian(mu2, sigma2))
+
+
+# ------------------------------------------------------------------------------------------------- sets of images
+
+
+def test_flat_class_and_nested_folders_zips_and_arrays_hold_the_same_images(tmp_path):
+    batch = images(8, (3, 4, 4))
+    flat, classes = write_folder(tmp_path / "flat", batch), write_folder(tmp_path / "classes", batch, classes=3)
+    shutil.copytree(classes, tmp_path / "nested" / "more" / "deeper")
+    archive = shutil.make_archive(tmp_path / "zip", "zip", classes)
+    np.savez(tmp_path / "stored.npz", arr_0=batch.permute(0, 2, 3, 1).numpy())
+    np.savez_compressed(tmp_path / "packed.npz", batch.permute(0, 2, 3, 1).numpy(), np.zeros(8))  # guided-diffusion: labels too
+    paths = (flat, classes, tmp_path / "nested", archive, tmp_path / "stored.npz", tmp_path / "packed.npz")
+    sets = [misc.open_images(p)[0] for p in paths]
+    for one in sets:
+        assert one.shape == (3, 4, 4)
+        assert torch.equal(one.__getitems__(list(range(8)))[0].long().sum(0), batch.long().sum(0))
+    assert sets[0].labels.tolist() == [0] * 8
+    assert sets[1].labels.tolist() == sets[3].labels.tolist() == [0] * 3 + [1] * 3 + [2] * 2
+
+
+def test_an_array_of_images_stays_on_the_disk(tmp_path, monkeypatch):
+    batch = images(2000, (3, 32, 32)).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "a.npz", batch)
+    monkeypatch.setattr(np, "load", None)  # which would read it all
+    picked = misc.load_array(tmp_path / "a.npz").__getitems__([3, 1999])[0]
+    assert np.array_equal(picked.permute(0, 2, 3, 1).numpy(), batch[[3, 1999]])
+
+
+def test_pictures_are_converted_without_loss(tmp_path):
+    """Black and white, grey with alpha, palettes and opaque RGBA: the same pixels as 8-bit grey or RGB."""
+    rgb = Image.fromarray(images(1, (3, 6, 5))[0].permute(1, 2, 0).numpy())
+    grey = Image.fromarray(images(1, (1, 6, 5))[0, 0].numpy())
+    palette = rgb.quantize(8)
+    opaque, grey_opaque = rgb.copy(), grey.copy()
+    opaque.putalpha(255)
+    grey_opaque.putalpha(255)
+    cases = {
+        "rgb": (rgb, rgb), "grey": (grey, grey), "palette": (palette, palette.convert("RGB")), "opaque": (opaque, rgb),
+        "grey-opaque": (grey_opaque, grey), "bits": (grey.convert("1"), grey.convert("1").convert("L")),
+    }  # fmt: skip
+    for name, (picture, expected) in cases.items():
+        picture.save(tmp_path / f"{name}.png")
+        found = misc.decode((tmp_path / f"{name}.png").read_bytes())
+        assert found.mode == expected.mode and found.tobytes() == expected.tobytes(), name
+
+
+def rgb16():
+    """A PNG file with 16 bits a channel, which Pillow reads as 8 without a word."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(range(5 * 6)) for _ in range(6))
+    header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: p.write_bytes(rgb16()), "16 bits"),
+        (lambda p: Image.fromarray(np.full((6, 5), 40000, np.uint16)).save(p), "16 bits"),
+        (lambda p: Image.new("RGBA", (5, 6), (1, 2, 3, 254)).save(p), "transparent"),
+        (lambda p: Image.new("LA", (5, 6), (1, 0)).save(p), "transparent"),
+        (lambda p: Image.new("P", (5, 6)).save(p, transparency=0), "transparent"),
+        (lambda p: Image.new("RGB", (5, 6)).save(p, transparency=(0, 0, 0)), "transparent"),
+        (lambda p: Image.new("CMYK", (5, 6)).save(p, format="JPEG"), "mode CMYK"),
+        (lambda p: Image.new("L", (5, 6)).save(p, save_all=True, append_images=[Image.new("L", (5, 6), 9)]), "2 frames"),
+    ],
+)
+def test_pictures_that_would_lose_something_are_refused(tmp_path, write, message):
+    write(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=message):
+        misc.decode((tmp_path / "x.png").read_bytes())
+
+
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_statistics_on_any_number_of_ranks_are_those_of_numpy(tmp_path, ranks):
-    """37 images do not divide by 2 or 3: none may be counted twice or left out."""
-    batch = images()
+@pytest.mark.parametrize(("ranks", "n"), [(1, 37), (2, 37), (3, 2)])
+def test_statistics_on_any_number_of_ranks_are_those_of_numpy(tmp_path, ranks, n):
+    """37 images do not divide by 2, and 2 are fewer than 3 ranks: none may be counted twice or left out."""
+    batch = images(n)
     folder = write_folder(tmp_path / "images", batch, classes=2)
-    run("fid.py", "--mode", "gen", "--img_folder", folder, "--dest", tmp_path / "s.npz", ranks=ranks)
-    mu, sigma, metadata = misc.read_statistics(tmp_path / "s.npz")
-    x = batch.flatten(1).numpy() / 255
-    assert mu.dtype == sigma.dtype == np.float64 and metadata["n"] == 37
-    np.testing.assert_allclose(mu, x.mean(0), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(x.T), rtol=0, atol=1e-12)
+    where = ["--mode", "gen", "--img_folder", folder, "--dest", tmp_path / "s.npz"]
+    run("fid.py", *where, "--metrics", "fid,kid", ranks=ranks)
+    found = misc.read_statistics(tmp_path / "s.npz", features=True)
+    order = sorted(range(n), key=lambda i: (i % 2, i))  # class folders one after the other
+    x = batch[order].flatten(1).numpy() / 255
+    assert found.mu.dtype == found.sigma.dtype == np.float64
+    np.testing.assert_allclose(found.mu, x.mean(0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.sigma, np.cov(x.T), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.features, x, rtol=0, atol=1e-7)
+    assert found.metadata["n"] == n and found.metadata["image"] == [1, 6, 5] and found.metadata["features"] == "pixels"
 
 
-def test_statistics_do_not_depend_on_the_batch_size():
-    dataset = misc.MemoryImages(images(), torch.zeros(37))
-    _, mu, sigma = misc.statistics(dataset, bsz=37)
-    for bsz in (1, 5, 500):
-        _, mu2, sigma2 = misc.statistics(dataset, bsz=bsz)
-        assert np.array_equal(mu, mu2) and np.array_equal(sigma, sigma2)
+def test_pixel_statistics_do_not_depend_on_the_batch_size(monkeypatch):
+    expected = misc.measure(in_memory(images(600)), misc.Pixels(CPU))
+    for size in (1, 7, 256):
+        monkeypatch.setattr(misc, "BATCH", size)
+        found = misc.measure(in_memory(images(600)), misc.Pixels(CPU))
+        assert np.array_equal(found.mu, expected.mu) and np.array_equal(found.sigma, expected.sigma)
 
 
-def test_flat_and_class_folders_and_zips_hold_the_same_images(tmp_path):
-    import shutil
+def test_pixel_sums_are_exact_where_float32_is_at_its_limit():
+    """A full batch of white: 256 x 255^2 is just below 2^24."""
+    batch = torch.full((512, 1, 2, 2), 255, dtype=torch.uint8)
+    batch[0] = 254
+    x = batch.flatten(1).double().numpy() / 255
+    np.testing.assert_allclose(misc.measure(in_memory(batch), misc.Pixels(CPU)).sigma, np.cov(x.T), rtol=1e-9)
 
-    batch = images(8, (3, 4, 4))
-    flat, classes = write_folder(tmp_path / "flat", batch), write_folder(tmp_path / "classes", batch, classes=3)
-    archive = shutil.make_archive(tmp_path / "zip", "zip", classes)
-    sets = [misc.ImageFiles(p) for p in (flat, classes, archive)]
-    sums = [s.__getitems__(list(range(8)))[0].long().sum(0) for s in sets]
-    assert torch.equal(sums[0], batch.long().sum(0)) and torch.equal(sums[1], sums[0]) and torch.equal(sums[2], sums[0])
-    assert (
-        sets[0].labels.tolist() == [0] * 8 and sets[1].labels.tolist() == sets[2].labels.tolist() == [0] * 3 + [1] * 3 + [2] * 2
-    )
+
+@pytest.fixture(scope="module")
+def extract(weights):
+    return misc.Inception(CPU, weights["inception"], "0" * 64)
+
+
+def test_inception_statistics_are_those_of_the_features_in_any_batches(extract, monkeypatch):
+    batch = golden_images("statistics", (6, 3, 32, 32))
+    monkeypatch.setattr(misc, "BATCH", 4)
+    found = misc.measure(in_memory(batch), extract, keep=True)
+    x = torch.cat([extract(image[None]) for image in batch]).double().numpy()
+    np.testing.assert_allclose(found.mu, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.sigma, np.cov(x.T), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.features, x, rtol=1e-5, atol=1e-5)
+    assert found.metadata["preprocessing"] == inception.PREPROCESSING and found.metadata["weights"] == "0" * 64
+
+
+def test_inception_scores_do_not_depend_on_the_ranks_and_are_finite_for_few_images(tmp_path, weights):
+    folder = write_folder(tmp_path / "images", golden_images("ranks", (5, 3, 32, 32)))
+    other = write_folder(tmp_path / "other", golden_images("other", (2, 3, 32, 32)))
+    shared = ["--inception_weights", weights["inception"]]
+    for ranks in (1, 2):
+        dest = tmp_path / f"{ranks}.npz"
+        run("fid.py", "--mode", "gen", "--img_folder", folder, "--dest", dest, *shared, ranks=ranks)
+    one, two = (misc.read_statistics(tmp_path / f"{ranks}.npz") for ranks in (1, 2))
+    np.testing.assert_allclose(one.mu, two.mu, rtol=1e-5)
+    np.testing.assert_allclose(one.sigma, two.sigma, rtol=1e-4, atol=1e-5)
+    assert one.metadata["weights"] == misc.file_hash(weights["inception"]) and one.metadata["features"] == "inception"
+    done = run("fid.py", "--ref_path", tmp_path / "1.npz", "--img_folder", other, *shared)
+    assert "2 images (images) for 2,048 features" in done.stderr and "5 images (reference)" in done.stderr
+    assert "not the published file" in done.stderr and 0 < float(done.stdout) < 1e6
+    both = [misc.measure(in_memory(golden_images(*x)), misc.Inception(CPU, weights["inception"], ""))
+            for x in (("ranks", (5, 3, 32, 32)), ("other", (2, 3, 32, 32)))]  # fmt: skip
+    assert float(done.stdout) == pytest.approx(misc.frechet_distance(*both), rel=1e-3)
+
+
+def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
+    folder = write_folder(tmp_path / "images", images())
+    for ranks in (1, 2):
+        where = ["--mode", "gen", "--img_folder", folder, "--dest", tmp_path / f"{ranks}.npz"]
+        run("fid.py", *where, "--num", "20", "--seed", "3", "--metrics", "pr", ranks=ranks)
+    one, two = (misc.read_statistics(tmp_path / f"{ranks}.npz", features=True) for ranks in (1, 2))
+    assert np.array_equal(one.sigma, two.sigma) and torch.equal(one.features, two.features)
+    assert one.metadata["n"] == 20 and one.metadata["subset"] == {"of": 37, "seed": 3}
+    rows = {tuple(x) for x in (images().flatten(1) / 255).tolist()}
+    chosen = {tuple(x) for x in one.features.tolist()}
+    assert len(chosen) == 20 and chosen <= rows
+    assert misc.subset(37, 20, 3) != misc.subset(37, 20, 4)
 
 
 def test_statistics_files_of_other_tools_are_read(tmp_path):
     rng = np.random.default_rng(0)
     mu, sigma = rng.standard_normal(4), covariance(rng, 4)
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
-    assert all(np.array_equal(a, b) for a, b in zip(misc.read_statistics(tmp_path / "theirs.npz"), (mu, sigma, {})))
+    found = misc.read_statistics(tmp_path / "theirs.npz")
+    assert np.array_equal(found.mu, mu) and np.array_equal(found.sigma, sigma) and found.metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3)}, "not a statistics file"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "does not hold finite statistics"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "does not hold finite statistics"),
+        ({"mu": np.array([None]), "sigma": np.eye(1)}, "not a statistics file"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "metadata": "[1]"}, "not a statistics file"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "holds no features"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((5, 4))}, "does not hold finite features"),
+    ],
+)
+def test_damaged_statistics_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        misc.read_statistics(tmp_path / "x.npz", features=True)
 
 
 # ------------------------------------------------------------------------------------------------------ distance
@@ -81,13 +243,13 @@ def test_statistics_files_of_other_tools_are_read(tmp_path):
 def test_distance_of_equal_gaussians_is_zero():
     rng = np.random.default_rng(0)
     mu, sigma = rng.standard_normal(20), covariance(rng, 20)
-    assert 0 <= misc.frechet_distance(mu, sigma, mu, sigma) < 1e-9
+    assert 0 <= distance(mu, sigma, mu, sigma) < 1e-9
 
 
 def test_distance_of_shifted_gaussians_is_the_squared_shift():
     rng = np.random.default_rng(0)
     sigma, shift = covariance(rng, 20), rng.standard_normal(20)
-    assert misc.frechet_distance(shift, sigma, 0 * shift, sigma) == pytest.approx((shift**2).sum(), rel=1e-9)
+    assert distance(shift, sigma, 0 * shift, sigma) == pytest.approx((shift**2).sum(), rel=1e-9)
 
 
 def test_distance_of_diagonal_covariances_is_that_of_their_roots():
@@ -95,7 +257,7 @@ def test_distance_of_diagonal_covariances_is_that_of_their_roots():
     a, b, mu = rng.random(20), rng.random(20), np.zeros(20)
     a[:5] = b[3:8] = 0  # zero rows, together and alone
     expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert misc.frechet_distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(expected, rel=1e-9)
+    assert distance(mu, np.diag(a), mu, np.diag(b)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_distance_of_rotated_rank_deficient_gaussians():
@@ -103,8 +265,8 @@ def test_distance_of_rotated_rank_deficient_gaussians():
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.standard_normal((30, 30)))
     a, b, mu = q[:, :10] @ q[:, :10].T, 2 * q[:, 10:25] @ q[:, 10:25].T, np.zeros(30)
-    assert misc.frechet_distance(mu, a, mu, b) == pytest.approx(10 + 30, rel=1e-9)
-    assert 0 <= misc.frechet_distance(mu, a, mu, a) < 1e-9
+    assert distance(mu, a, mu, b) == pytest.approx(10 + 30, rel=1e-9)
+    assert 0 <= distance(mu, a, mu, a) < 1e-9
 
 
 @pytest.mark.parametrize("rank", [None, 7])
@@ -119,8 +281,181 @@ def test_distance_is_symmetric_and_agrees_with_singular_values(rank):
 
     singular = scipy.linalg.svdvals(root(a) @ root(b)).sum()
     expected = ((mu - nu) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * singular
-    assert misc.frechet_distance(mu, a, nu, b) == pytest.approx(expected, rel=1e-6)
-    assert misc.frechet_distance(nu, b, mu, a) == pytest.approx(expected, rel=1e-6)
+    assert distance(mu, a, nu, b) == pytest.approx(expected, rel=1e-6)
+    assert distance(nu, b, mu, a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_of_nearly_singular_covariances_keeps_its_digits():
+    """Spectra over twelve orders of magnitude, the same axes: the distance of diagonal covariances."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.standard_normal((60, 60)))
+    a, b = np.logspace(0, -12, 60), np.logspace(-12, 0, 60)
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    rotated = ((q * values) @ q.T for values in (a, b))
+    rotated = [(m + m.T) / 2 for m in rotated]
+    assert distance(np.zeros(60), rotated[0], np.zeros(60), rotated[1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_score_is_printed_as_minus_zero():
+    assert [fid.show(x) for x in (-0.0, -1e-9, 0.0, 1.23456, -0.5)] == ["0.0000", "0.0000", "0.0000", "1.2346", "-0.5000"]
+
+
+# ----------------------------------------------------------------------------------------- kid, precision, recall
+
+
+def test_kid_is_the_mean_of_brute_force_estimates_over_blocks():
+    x, y = torch.randn(23, 5, generator=torch.Generator().manual_seed(0)), torch.rand(31, 5)
+    value, error = fid.kid(x, y)
+
+    def shuffled(z):
+        return np.array_split(z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))].double().numpy(), 10)
+
+    k = lambda a, b: (a @ b / 5 + 1) ** 3
+    estimates = []
+    for a, b in zip(shuffled(x), shuffled(y)):
+        aa = np.mean([k(p, q) for i, p in enumerate(a) for j, q in enumerate(a) if i != j])
+        bb = np.mean([k(p, q) for i, p in enumerate(b) for j, q in enumerate(b) if i != j])
+        estimates.append(aa + bb - 2 * np.mean([k(p, q) for p in a for q in b]))
+    assert value == pytest.approx(np.mean(estimates), rel=1e-9)
+    assert error == pytest.approx(np.std(estimates, ddof=1) / 10**0.5, rel=1e-9)
+
+
+def test_kid_is_unbiased_and_its_standard_error_is_honest():
+    """In one dimension the kernel is (xy + 1)^3, whose discrepancy is the sum of C(3, p) (difference of p-th moments)^2."""
+    rng, values, errors = np.random.default_rng(0), [], []
+    for _ in range(300):
+        x, y = rng.standard_normal((60, 1)), 0.5 + 0.7 * rng.standard_normal((50, 1))
+        value, error = fid.kid(torch.from_numpy(x), torch.from_numpy(y))
+        values.append(value)
+        errors.append(error)
+    m, s2 = 0.5, 0.49
+    moments = np.array([m, m**2 + s2 - 1, m**3 + 3 * m * s2])
+    exact = (np.array([3, 3, 1]) * moments**2).sum()
+    assert np.mean(values) == pytest.approx(exact, abs=4 * np.std(values) / 300**0.5)
+    assert np.mean(np.square(errors)) == pytest.approx(np.var(values), rel=0.4)
+    assert abs(np.mean(values) - exact) < 0.25 * np.std(values)  # a biased estimate would be off by more
+
+
+@pytest.mark.parametrize("block", [4, 2000])
+def test_precision_and_recall_are_those_of_brute_force(block):
+    rng = np.random.default_rng(0)
+    real, fake = (
+        rng.integers(0, 4, (40, 3)).astype(float),
+        rng.integers(1, 6, (30, 3)).astype(float),
+    )  # with duplicates and ties
+
+    def brute(centres, points):
+        inside = 0
+        for p in points:
+            for i, c in enumerate(centres):
+                reach = sorted(np.linalg.norm(c - o) for j, o in enumerate(centres) if j != i)[2]
+                if np.linalg.norm(p - c) <= reach + 1e-9:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    found = fid.precision_recall(torch.from_numpy(real).float(), torch.from_numpy(fake).float(), block=block)
+    assert found == pytest.approx((brute(real, fake), brute(fake, real)))
+    assert 0 < found[0] < 1 and 0 < found[1] < 1
+
+
+def test_precision_and_recall_of_equal_far_and_nested_sets():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    assert fid.precision_recall(x, x.clone()) == (1, 1)
+    assert fid.precision_recall(x, x + 100) == (0, 0)
+    same = torch.ones(20, 4)  # every reach is zero: equal images are within it all the same
+    assert fid.precision_recall(same, same.clone()) == (1, 1)
+    narrow = 0.01 * x  # a generator of averages: precise, and covering little
+    precision, recall = fid.precision_recall(x, narrow)
+    assert precision > 0.9 and recall < 0.1
+
+
+def test_scores_need_enough_images():
+    with pytest.raises(UserError, match="4 images or more"):
+        fid.kid(torch.zeros(3, 2), torch.zeros(9, 2))
+    with pytest.raises(UserError, match="more than 3 images"):
+        fid.precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
+
+
+# ------------------------------------------------------------------------------------------------- comparability
+
+
+def described(**change):
+    return {"n": 5000, "image": [3, 32, 32], "features": "inception", "weights": "a", "precision": "float32", **change}
+
+
+@pytest.mark.parametrize(
+    "change", [{"features": "pixels"}, {"weights": "b"}, {"image": [3, 64, 64]}, {"preprocessing": "x"}, {"precision": "half"}]
+)
+def test_statistics_made_differently_are_not_compared_unless_forced(change, capsys):
+    reference = misc.Statistics(np.zeros(4), np.eye(4), described(preprocessing="y"))
+    other = described(preprocessing="y") | change
+    with pytest.raises(UserError, match=f"{next(iter(change))}.*--force"):
+        misc.check_comparable(reference, 4, other)
+    misc.check_comparable(reference, 4, other, force=True)
+    assert "warning: comparing what differs" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has 4 features and the images 5"):
+        misc.check_comparable(reference, 5, other, force=True)
+
+
+def test_the_number_of_images_may_differ_and_silence_is_warned_of(capsys):
+    reference = misc.Statistics(np.zeros(4), np.eye(4), described())
+    misc.check_comparable(reference, 4, described(n=3000))
+    assert capsys.readouterr().err == ""
+    misc.check_comparable(reference, 4, {})
+    assert "statistics of the images do not say how they were made" in capsys.readouterr().err
+    misc.check_comparable(reference, 4, described(n=100))
+    assert "100 images (images) for 2,048 features" in capsys.readouterr().err
+
+
+def test_features_follow_the_data_and_the_reference():
+    ours, theirs = gaussian(np.zeros(4), np.eye(4)), gaussian(np.zeros(2048), np.eye(1))
+    ours.metadata = {"features": "pixels"}
+    chosen = [misc.choose_features("auto", channels) for channels in (1, 3)]
+    assert chosen == ["pixels", "inception"] and misc.choose_features("pixels", 3) == "pixels"
+    assert misc.choose_features("auto", 3, ours) == "pixels" and misc.choose_features("auto", 1, theirs) == "inception"
+    with pytest.raises(UserError, match="--features is inception, but the reference holds pixels"):
+        misc.choose_features("inception", 3, ours)
+
+
+# ------------------------------------------------------------------------------------------------- weights files
+
+
+def published(monkeypatch, tmp_path, content=b"weights", promise=None):
+    """A stand-in for the place where weights are published, on this disk."""
+    name = f"w-{promise or hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / name).write_bytes(content)
+    monkeypatch.setitem(misc.WEIGHTS, "inception_weights", (name, f"file://{tmp_path}/site", "scores need"))
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_weights_are_downloaded_once_and_checked(monkeypatch, tmp_path):
+    name = published(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match=f"scores need weights/{name}: get it from file://.*--inception_weights.*--download"):
+        misc.weights_file("inception_weights", None, False)
+    path, digest = misc.weights_file("inception_weights", None, True)
+    assert path.read_bytes() == b"weights" and digest == hashlib.sha256(b"weights").hexdigest()
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == [name]
+    path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged or another file"):
+        misc.weights_file("inception_weights", None, True)
+
+
+def test_a_download_with_another_hash_leaves_nothing(monkeypatch, tmp_path):
+    published(monkeypatch, tmp_path, promise="00000000")
+    with pytest.raises(UserError, match="cannot download.*invalid hash"):
+        misc.weights_file("inception_weights", None, True)
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_foreign_weights_are_refused(weights, tmp_path):
+    with pytest.raises(UserError, match="does not hold the weights of FID's InceptionV3.*Conv2d_1a"):
+        misc.Inception(CPU, weights["vgg"], "")
+    (tmp_path / "x.pth").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        misc.Inception(CPU, tmp_path / "x.pth", "")
 
 
 # ------------------------------------------------------------------------------------------------------ fid.py
@@ -138,7 +473,7 @@ def test_fid_prints_one_number_and_appends_a_row(tmp_path):
     first = run(*shared, "--stat_path", tmp_path / "b.npz").stdout
     second = run(*shared, "--img_folder", tmp_path / "b", ranks=2).stdout
     a, b = (x.flatten(1).numpy() / 255 for x in (images(), images(seed=1)))
-    expected = misc.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+    expected = distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
     assert first == second == f"{expected:.4f}\n"
     rows = list(csv.DictReader((tmp_path / "stats.csv").read_text().splitlines()))
     assert len(rows) == 2 and rows[0] == rows[1]
@@ -148,39 +483,118 @@ def test_fid_prints_one_number_and_appends_a_row(tmp_path):
 
 def test_reference_statistics_of_the_digits(tmp_path):
     run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "d.npz")
-    mu, sigma, metadata = misc.read_statistics(tmp_path / "d.npz")
-    assert metadata["n"] == 1797 and len(mu) == 64
-    assert np.trace(sigma) == pytest.approx(4.69, abs=0.01)
-    assert (np.diag(sigma) == 0).sum() == 3  # pixels that are always empty
+    found = misc.read_statistics(tmp_path / "d.npz")
+    assert found.metadata["n"] == 1797 and len(found.mu) == 64
+    assert np.trace(found.sigma) == pytest.approx(4.69, abs=0.01)
+    assert (np.diag(found.sigma) == 0).sum() == 3  # pixels that are always empty
+
+
+def test_several_scores_are_printed_by_name(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_folder(tmp_path / name, images(seed=seed))
+        where = ["--img_folder", tmp_path / name, "--dest", tmp_path / f"{name}.npz"]
+        run("fid.py", "--mode", "gen", *where, "--metrics", "fid,kid,pr")
+    shared = ["fid.py", "--ref_path", tmp_path / "a.npz", "--metrics", "fid,kid,pr", "--csv", tmp_path / "t.csv"]
+    first = run(*shared, "--stat_path", tmp_path / "b.npz").stdout
+    second = run(*shared, "--img_folder", tmp_path / "b", ranks=2).stdout
+    x, y = (images(seed=seed).flatten(1) / 255 for seed in (0, 1))
+    expected = [misc.frechet_distance(*(misc.read_statistics(tmp_path / f"{name}.npz") for name in "ab"))]
+    expected += [*fid.kid(x, y), *fid.precision_recall(x, y)]
+    names = ("fid", "kid", "kid_stderr", "precision", "recall")
+    assert first == second == "".join(f"{name} {value:.4f}\n" for name, value in zip(names, expected))
+    row = next(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [float(row[name]) for name in names[1:]] == pytest.approx(expected[1:], abs=1e-7)
+    zero = run("fid.py", "--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz").stdout
+    assert zero == "0.0000\n"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_images_straight_from_the_model_have_the_statistics_of_its_files(trained, tmp_path, ranks):
+    model = ["--checkpoint", trained["characteristic"], "--num_steps", "2", "--end_seed", "10", "--eval_bsz", "3"]
+    run("eval.py", *model, "--workdir", tmp_path / "images", ranks=ranks)
+    run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "images", "--dest", tmp_path / "files.npz", ranks=ranks)
+    run("fid.py", "--mode", "gen", *model, "--dest", tmp_path / "straight.npz", ranks=ranks)
+    files, straight = (misc.read_statistics(tmp_path / f"{name}.npz") for name in ("files", "straight"))
+    assert np.array_equal(files.mu, straight.mu) and np.array_equal(files.sigma, straight.sigma)
+    assert files.metadata["made_by"] == straight.metadata["made_by"] and straight.metadata["n"] == 11
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["files.npz", "images", "straight.npz"]
 
 
 UNFINISHED = {"start_seed": 0, "end_seed": 9}
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: None, "neither a folder nor a zip"),
-        (lambda p: p.mkdir(), "no images in"),
-        (lambda p: write_folder(p, images(1)), "1 image: a covariance needs two or more"),
-        (lambda p: [write_folder(p, images(5)), misc.write_png(p / "z.png", images(1, (1, 4, 4))[0])], "different sizes"),
-        (lambda p: [write_folder(p, images(5)), (p / "z.png").write_bytes(b"\x89PNG\r\n\x1a\n")], "cannot read image z.png"),
-        (lambda p: [write_folder(p, images(5)), misc.write_png(p / "z.png", images(1, (1, 5, 6))[0])], "different sizes"),
-        (lambda p: [write_folder(p, images(5)), misc.write_json(p / "eval.json", UNFINISHED)], "holds 5 of the 10 images"),
-        (lambda p: [write_folder(p, images(5)), Image.new("RGBA", (5, 6)).save(p / "z.png")], "mode RGBA"),
-    ],
-)
-def test_bad_folders_end_with_one_line(tmp_path, make, message):
+def bad_image(write, name="z.png"):
+    """A folder of five good images and a bad one."""
+
+    def make(folder):
+        write_folder(folder, images(5))
+        write(folder / name)
+
+    return make
+
+
+def array(**arrays):
+    def make(path):
+        np.savez(path.with_suffix(".npz"), **arrays)
+
+    return make
+
+
+BAD_SETS = {
+    "missing": (lambda p: None, "neither a folder nor a zip"),
+    "empty": (lambda p: p.mkdir(), "no images in"),
+    "empty but for others": (lambda p: [p.mkdir(), (p / "a.txt").touch()], "among 1 files, such as a.txt"),
+    "one image": (lambda p: write_folder(p, images(1)), "1 image: a covariance needs two or more"),
+    "stray file": (bad_image(lambda p: p.touch(), "notes.txt"), "holds 5 images and 1 other files, such as notes.txt"),
+    "sizes": (bad_image(lambda p: misc.write_png(p, images(1, (1, 4, 4))[0])), "among the 6 in"),
+    "turned": (bad_image(lambda p: misc.write_png(p, images(1, (1, 5, 6))[0])), "000000.png is 6x5x1, z.png is 5x6x1"),
+    "grey and colour": (bad_image(lambda p: misc.write_png(p, images(1, (3, 6, 5))[0])), "z.png is 6x5x3"),
+    "truncated": (
+        bad_image(lambda p: p.write_bytes((p.parent / "000000.png").read_bytes()[:-30])), "cannot read image z.png, one of 6"
+    ),
+    "cut after its signature": (bad_image(lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n")), "cannot read image z.png, one of 6"),
+    "no image": (bad_image(lambda p: p.write_text("hello")), "z.png, one of 6 in"),
+    "unfinished": (bad_image(lambda p: misc.write_json(p, UNFINISHED), "eval.json"), "holds 5 of the 10 images"),
+    "transparent": (bad_image(lambda p: Image.new("RGBA", (5, 6)).save(p)), "it has transparent pixels"),
+    "16 bits": (bad_image(lambda p: p.write_bytes(rgb16())), "it has 16 bits"),
+    "array of floats": (array(arr_0=np.zeros((5, 4, 4, 3))), "expected uint8 images (N, H, W, 1 or 3)"),
+    "array of channels first": (array(arr_0=np.zeros((5, 3, 8, 8), np.uint8)), "expected uint8 images"),
+    "array by another name": (array(images=np.zeros((5, 8, 8, 3), np.uint8)), "npz file with an array `arr_0`"),
+    "array of objects": (array(arr_0=np.array([None])), "npz file with an array `arr_0`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_SETS)
+def test_bad_sets_of_images_end_with_one_line(tmp_path, name):
+    make, message = BAD_SETS[name]
     make(tmp_path / "x")
-    done = run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "x", "--dest", tmp_path / "s.npz", expect=2)
+    source = tmp_path / "x.npz" if "array" in name else tmp_path / "x"
+    done = run("fid.py", "--mode", "gen", "--img_folder", source, "--dest", tmp_path / "s.npz", expect=2)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "s.npz").exists()
 
 
-def test_an_error_on_one_rank_alone_ends_all_ranks_with_one_line(tmp_path):
-    folder = write_folder(tmp_path / "x", images(6))
-    (folder / "000003.png").write_bytes(b"broken")  # rank 1 reads it
-    done = run("fid.py", "--mode", "gen", "--img_folder", folder, "--dest", tmp_path / "s.npz", ranks=2, expect=1)
-    assert done.stderr.count("error: cannot read image 000003.png") == 1
-    assert not (tmp_path / "s.npz").exists()
+@pytest.mark.parametrize("name", ["truncated", "sizes", "one image"])
+def test_bad_sets_end_all_ranks_with_one_line(tmp_path, name):
+    """The bad image is the sixth, which the second rank reads, and the first does not."""
+    make, message = BAD_SETS[name]
+    make(tmp_path / "x")
+    done = run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "x", "--dest", tmp_path / "s.npz", ranks=2, expect=1)
+    assert done.stderr.count("error: ") == 1 and message in done.stderr and not (tmp_path / "s.npz").exists()
+
+
+def test_errors_in_reading_processes_are_one_line_too(tmp_path):
+    BAD_SETS["truncated"][0](tmp_path / "x")
+    where = ["--img_folder", tmp_path / "x", "--dest", tmp_path / "s.npz", "--num_workers", "2"]
+    done = run("fid.py", "--mode", "gen", *where, expect=2)
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot read image z.png, one of 6"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_table_with_other_columns_is_left_alone(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2))
+    (tmp_path / "t.csv").write_text("a,b\n")
+    shared = ["--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz", "--csv", tmp_path / "t.csv"]
+    done = run("fid.py", *shared, expect=2)
+    assert "has other columns" in done.stderr and (tmp_path / "t.csv").read_text() == "a,b\n" and done.stdout == ""

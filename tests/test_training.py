@@ -131,7 +131,7 @@ def test_learning_rate_warms_up_and_decays():
 def test_bank_holds_the_teachers_solutions_and_is_refreshed():
     teacher = tiny_teacher()
     student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2)
-    objective = train.Trajectory(student, config, teacher, torch.device("cpu"), start=0)
+    objective = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
     step = objective.teacher_step(None)
     bank, ts = objective.bank.clone(), objective.ts
     assert bank.shape == (5, 16, 1, 8, 8)
@@ -143,7 +143,9 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
         objective.start_step(n)
         changed.append([bool((objective.bank[:, h] != bank[:, h]).any()) for h in (slice(0, 8), slice(8, 16))])
     assert changed == [[False, False], [True, False], [True, False], [True, True]]
-    later = train.Trajectory(student, config, teacher, torch.device("cpu"), start=4)  # what a run that continues at 4 sees
+    later = train.Trajectory(
+        student, config, teacher, sde.huber, torch.device("cpu"), start=4
+    )  # what a run that continues at 4 sees
     assert torch.equal(later.bank, objective.bank)
 
 
@@ -153,9 +155,9 @@ def test_fresh_student_makes_the_one_step_loss_zero_with_one_teacher_step(object
     teacher = tiny_teacher()
     student, config = student_of(teacher, num_steps=1, bank_size=8, objective=objective, dsm_share=0.0, dsm_weight=0.0)
     if objective == "trajectory":
-        loss = train.Trajectory(student, config, teacher, torch.device("cpu"), start=0)
+        loss = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
     else:
-        loss = train.Semigroup(student, config, teacher, torch.device("cpu"), misc.EMA(student, 0.9))
+        loss = train.Semigroup(student, config, teacher, sde.huber, torch.device("cpu"), misc.EMA(student, 0.9))
     value, _ = loss(torch.rand(8, 1, 8, 8), None, torch.Generator().manual_seed(0))
     assert value.item() < 1e-5
 
@@ -167,9 +169,9 @@ def test_objectives_learn_and_use_labels(objective, label_dim):
     student, config = student_of(teacher, bank_size=8, objective=objective, label_dim=label_dim, teacher_steps=2)
     ema = misc.EMA(student, 0.9)
     if objective == "trajectory":
-        loss = train.Trajectory(student, config, teacher, torch.device("cpu"), start=0)
+        loss = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
     else:
-        loss = train.Semigroup(student, config, teacher, torch.device("cpu"), ema)
+        loss = train.Semigroup(student, config, teacher, sde.huber, torch.device("cpu"), ema)
     optim = torch.optim.RAdam(student.parameters(), lr=3e-3)
     label = misc.one_hot(torch.arange(8) % 10, label_dim)
     x0 = torch.full((8, 1, 8, 8), 0.8)
