@@ -175,7 +175,8 @@ class ImageFiles(torch.utils.data.Dataset):
         self.path, self.size, self.channels = Path(path), size, channels
         self.zip = self.zip_owner = self.first_shape = None
         try:
-            if self.path.is_dir():
+            self.is_folder = self.path.is_dir()
+            if self.is_folder:
                 names = list(_files_under(self.path))
             elif zipfile.is_zipfile(self.path):
                 with zipfile.ZipFile(self.path) as archive:
@@ -219,7 +220,7 @@ class ImageFiles(torch.utils.data.Dataset):
         """uint8 tensor (C, H, W)."""
         name = self.names[index]
         try:
-            if self.path.is_dir():
+            if self.is_folder:
                 with open(os.path.join(self.path, name), "rb") as file:
                     data = file.read()
             else:

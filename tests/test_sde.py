@@ -87,6 +87,11 @@ def test_transport_in_float32_loses_no_digits(t, gap):
     assert abs(Fraction(sde.transport(zero, one, t32, s32).item()) / pull - 1) < 1e-6
 
 
+def test_data_between_is_the_image_that_transport_needs():
+    x, d, t, s = noise(6, 3), noise(6, 3, seed=1), times(1, 1, 0.5, 0.3, 1e-3, 0.9), times(0, 0.9, 0.499, 0.0, 1e-5, 0.1)
+    torch.testing.assert_close(sde.data_between(x, sde.transport(x, d, t, s), t, s), d, rtol=1e-9, atol=1e-9)
+
+
 def test_transport_has_finite_gradients_at_data_time():
     x = noise(2, 3).requires_grad_()
     zero = times(0, 0)
@@ -298,8 +303,9 @@ def stage2():
     return target, step, sde.grid(K, 1 - 1e-3, 1e-3), x0, z, z2, t
 
 
+@pytest.mark.parametrize("on_data", [False, True])
 @pytest.mark.parametrize("distance", list(sde.DISTANCES.values()))
-def test_trajectory_loss_is_zero_at_the_exact_flow_map(stage2, distance):
+def test_trajectory_loss_is_zero_at_the_exact_flow_map(stage2, distance, on_data):
     target, step, ts, x0, z, z2, t = stage2
     states = torch.stack(list(sde.sample(step, sde.interpolate(x0, z, ts[0].expand(50)), ts)))
     pair = torch.multinomial(
@@ -310,9 +316,10 @@ def test_trajectory_loss_is_zero_at_the_exact_flow_map(stage2, distance):
     which = torch.arange(50)
     chosen = states[torch.stack([k, l]), which]
     exact = target.denoise_between
-    d, dsm = sde.trajectory_losses(exact, chosen, k, l, ts, x0, z2, t, 1.0, distance)
+    d, dsm = sde.trajectory_losses(exact, chosen, k, l, ts, x0, z2, t, 1.0, distance, on_data)
     assert d.shape == dsm.shape == (50,) and d.abs().max() < 1e-12 and dsm.max() < 1e-12
-    d, dsm = sde.trajectory_losses(lambda x, t, s: exact(x, t, s) + 0.1 * x, chosen, k, l, ts, x0, z2, t, 1.0, distance)
+    wrong = lambda x, t, s: exact(x, t, s) + 0.1 * x
+    d, dsm = sde.trajectory_losses(wrong, chosen, k, l, ts, x0, z2, t, 1.0, distance, on_data)
     assert d.min() > 0 and dsm.min() > 0
 
 

@@ -302,3 +302,58 @@ def test_folder_data_trains_a_conditional_colour_model(tmp_path):
     checkpoint = tmp_path / "run" / "DDPMpp-000003.pth"
     run("eval.py", "--checkpoint", checkpoint, "--workdir", tmp_path / "out", "--end_seed", "2", "--num_steps", "2", "--sde")
     assert Image.open(tmp_path / "out" / "000002.png").mode == "RGB"
+
+
+# ------------------------------------------------------------------------------------------------ scores and LPIPS
+
+
+def test_training_scores_itself_with_the_score_that_fid_py_gives(tmp_path):
+    """2 ranks, 7 images: the score of the last step is that of the checkpoint's images."""
+    reference, workdir = tmp_path / "digits.npz", tmp_path / "run"
+    run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", reference)
+    scoring = ["--ref_path", reference, "--fid_freq", "2", "--fid_num", "7"]
+    done = run("train.py", "--workdir", workdir, *TINY_NETWORK, *TINY_RUN, *scoring, ranks=2)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["pixel_fid"] for line in lines if "pixel_fid" in line}
+    assert list(scores) == [2, 3] and all(line["images"] == 7 for line in lines if "pixel_fid" in line)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert f"pixel_fid={scores[3]:.4f}" in done.stderr
+    images = ["--checkpoint", workdir / "DDPMpp-000003.pth", "--end_seed", "6"]
+    assert float(run("fid.py", "--ref_path", reference, *images).stdout) == pytest.approx(scores[3], rel=1e-4)
+
+
+def test_scoring_does_not_change_training(tmp_path):
+    reference = tmp_path / "digits.npz"
+    run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", reference)
+    states = []
+    for name, more in (("plain", []), ("scored", ["--ref_path", reference, "--fid_freq", "1", "--fid_num", "4"])):
+        run("train.py", "--workdir", tmp_path / name, *TINY_NETWORK, *TINY_RUN, *more)
+        states.append(misc.load_checkpoint(tmp_path / name / "DDPMpp-000003.pth")["ema"])
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("objective", ["trajectory", "semigroup"])
+def test_stage_2_learns_with_lpips(trained, weights, tmp_path, objective):
+    """The distance logged is that of LPIPS, and images pass through the resizing that the reference has."""
+    batch = ["--train_steps", "1", "--bsz", "2", "--global_bsz", "2", "--log_freq", "1", "--sampling_freq", "0"]
+    small = ["--num_steps", "4", "--bank_size", "2", "--teacher_steps", "3", "--dsm_share", "0.5"]
+    files = ["--lpips_weights", weights["piq"], "--vgg_weights", weights["vgg"]]
+    stage_2 = ["--mode", "characteristic", "--teacher", trained["denoiser"], "--objective", objective, "--loss_norm", "lpips"]
+    run("train.py", *stage_2, *batch, *small, *files, "--workdir", tmp_path / "run")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["distance"] < 5 and line["grad_norm"] > 0
+    content = misc.load_checkpoint(tmp_path / "run" / "DDPMpp-000001.pth")
+    assert not any("vgg" in key or "lin" in key for key in content["model"])
+
+
+def test_lpips_distance_maps_the_models_range_to_the_unit_interval(weights):
+    import lpips
+
+    files = train.Run(lpips_weights=str(weights["piq"]), vgg_weights=str(weights["vgg"]))
+    net = lpips.LPIPS(weights["piq"], weights["vgg"], pooling="avg")
+    a, b = torch.rand(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = net(*(torch.nn.functional.interpolate(x, (224, 224), mode="bilinear") for x in (a, b)))
+    for data_name, scale in (("digits", lambda x: 2 * x - 1), ("mnist", lambda x: x)):  # centered, and not
+        config = defaults.resolve({"data_name": data_name, "mode": "characteristic", "loss_norm": "lpips"})
+        distance = train.make_distance(files, config, torch.device("cpu"))
+        torch.testing.assert_close(distance(scale(a), scale(b)), expected, rtol=1e-4, atol=1e-6)
