@@ -55,7 +55,9 @@ class Run:
         "which scores, with commas: fid; kid (and its standard error); pr (improved precision and recall, k = 3). The last two "
         "need --metrics in ref and gen too, which then store every image's features (8 kB each for inception)",
     )
-    num: int | None = setting(None, "number of images to take: a subset drawn from --seed, in whatever ranks (default all)")
+    num: int | None = setting(
+        None, "number of images to take, a subset drawn from --seed; under torchrun write `torchrun ... -- fid.py ... --num N`"
+    )
     seed: int = setting(0, "of the subset")
     force: bool = setting(False, "compare statistics that say they were made differently")
     csv: str | None = setting(None, "file to append the scores and how the images were made to, as a row (fid)")
@@ -228,7 +230,7 @@ def make_statistics(run, flags, metrics, device, reference=None):
     if reference is not None:  # before the work, not after it
         n = run.num or len(source)
         misc.check_comparable(reference, extract.dimension(shape), misc.metadata_of(extract, shape, n), run.force)
-    workers = flags.get("num_workers", 0)
+    workers = defaults.resolve({k: flags[k] for k in ("data_name", "num_workers") if k in flags}).data.num_workers
     keep = bool({"kid", "pr"} & set(metrics))
     return misc.measure(source, extract, made, run.num, run.seed, keep, workers)
 

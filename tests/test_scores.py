@@ -199,7 +199,7 @@ def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
     folder = write_folder(tmp_path / "images", images())
     for ranks in (1, 2):
         where = ["--mode", "gen", "--img_folder", folder, "--dest", tmp_path / f"{ranks}.npz"]
-        # Before Python 3.12.5 or so, torchrun takes --num for its own unless `--` ends its options.
+        # Without `--` torchrun takes --num for an abbreviation of a flag of its own.
         run("--", "fid.py", *where, "--num", "20", "--seed", "3", "--metrics", "pr", ranks=ranks)
     one, two = (misc.read_statistics(tmp_path / f"{ranks}.npz", features=True) for ranks in (1, 2))
     assert np.array_equal(one.sigma, two.sigma) and torch.equal(one.features, two.features)
