@@ -881,23 +881,25 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
             )
         total = torch.zeros(dimension, dtype=torch.float64, device=extract.device)
         outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=extract.device)
-        kept = []
-        for images in read(source, indices[dist_util.rank() :: world], num_workers):
+        mine = indices[dist_util.rank() :: world]
+        kept, done = torch.empty(len(mine) if keep else 0, dimension), 0
+        for images in read(source, mine, num_workers):
             features = extract(images)
             if keep:
-                kept.append((features.float() / extract.unit).cpu())
+                kept[done : done + len(images)] = features.float() / extract.unit
+                done += len(images)
             rows = features.float() if features.dtype == torch.uint8 else features.double()
             total += rows.sum(0)
             outer += rows.T @ rows
-        return total, outer, torch.cat(kept) if kept else torch.zeros(0, dimension)
+        return total, outer, kept
 
     total, outer, kept = dist_util.agree(add_up)
     total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
     mu = total / n
     # For pixels n outer - total total^T is exact while the integers stay below 2^53; beyond, it is as good as float64 gets.
     sigma = (outer - torch.outer(mu, total)) / (n - 1)
-    features = None
-    if keep and (parts := dist_util.gather_on_first(kept)):
+    features = kept if keep and world == 1 else None
+    if keep and world > 1 and (parts := dist_util.gather_on_first(kept)):
         features = torch.empty(n, len(mu))
         for r, part in enumerate(parts):
             features[r::world] = part
@@ -922,7 +924,11 @@ def read_statistics(path, features=False):
         with np.load(path, allow_pickle=False) as archive:
             mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
             metadata = json.loads(str(archive["metadata"])) if "metadata" in archive else {}
-            kept = torch.from_numpy(archive["features"].astype(np.float32)) if features and "features" in archive else None
+            kept = (
+                torch.from_numpy(archive["features"].astype(np.float32, copy=False))
+                if features and "features" in archive
+                else None
+            )
             if not isinstance(metadata, dict) or not isinstance(metadata.get("n", 0), int):
                 raise ValueError("metadata of another kind")
     except FileNotFoundError as error:
