@@ -183,12 +183,15 @@ class ImageFiles(torch.utils.data.Dataset):
                     names = [n for n in archive.namelist() if not n.endswith("/")]
             else:
                 raise UserError(f"{self.path} is neither a folder nor a zip of images")
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
-        visible = sorted(n for n in names if not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
-        self.names = [n for n in visible if os.path.splitext(n)[1].lower() in SUFFIXES]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
+        self.names, others = [], []
+        for name in sorted(names):
+            if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+                is_image = os.path.splitext(name)[1].lower() in SUFFIXES
+                (self.names if is_image else others).append(name)
+        others = [name for name in others if name.split("/")[-1] != "eval.json"]
         images = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
-        others = [n for n in visible if os.path.splitext(n)[1].lower() not in SUFFIXES and n.split("/")[-1] != "eval.json"]
         if not self.names:
             beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
             raise UserError(
