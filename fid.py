@@ -157,9 +157,9 @@ def score(reference, images, metrics, device):
     return values
 
 
-def show(value):
-    """Four decimals, and never -0.0000."""
-    return f"{round(value, 4) + 0.0:.4f}"
+def show(value, digits=4):
+    """So many decimals, and never -0.0000."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 # -------------------------------------------------------------------------------------------------------- table
@@ -178,7 +178,7 @@ def append_row(path, values, metadata, reference):
     mode, data, sampling = (config.get(name, {}) for name in ("task", "data", "sampling"))
     mode = mode.get("mode")
     solver = "flow map" if mode == "characteristic" else "sde" if sampling.get("sde") else sampling.get("ode_solver")
-    shown = {"FID" if name == "fid" else name: f"{value:.{4 if name == 'fid' else 7}f}" for name, value in values.items()}
+    shown = {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
     row = {
         "mode": mode, "dataset": data.get("data_name"), "step": made_by.get("step"), "solver": solver,
         "num_steps": sampling.get("num_steps"), "nfe": made_by.get("nfe"), "eps0": sampling.get("eval_eps0"),

@@ -99,7 +99,7 @@ class Inception(torch.nn.Module):
             raise ValueError(f"features is {features}: it must be one of {FEATURES}")
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: they must be uint8 (N, 1 or 3, H, W)")
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self._features(images, features)
 
     def _features(self, images, features):

@@ -96,6 +96,16 @@ def test_inception_stays_in_evaluation_mode_inside_a_parent_in_training(state):
     assert error(net, "rgb28") < 1e-5
 
 
+def test_inception_runs_in_float32_without_tf32_and_leaves_the_settings(net):
+    cudnn, seen = torch.backends.cudnn, []
+    hook = net.net.Mixed_5b.register_forward_hook(lambda *_: seen.append((cudnn.enabled, cudnn.allow_tf32, _[2].dtype)))
+    before = (cudnn.enabled, cudnn.allow_tf32)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(golden_images("rgb28", SHAPES["rgb28"]), 768)
+    hook.remove()
+    assert seen == [(True, False, torch.float32)] and before == (cudnn.enabled, cudnn.allow_tf32)
+
+
 def test_inception_features_do_not_depend_on_the_batch(net):
     images = golden_images("batch", (5, 3, 32, 32))
     alone = torch.cat([net(image[None]) for image in images])
