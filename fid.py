@@ -189,8 +189,6 @@ def append_row(path, values, metadata, reference):
         "reference": misc.file_hash(reference), "sha256": made_by.get("sha256"),
     }  # fmt: skip
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--csv {path} is a folder: name a file")
     old = path.read_text() if path.exists() else ""
     if old and old.splitlines()[0] != ",".join(COLUMNS):
         raise UserError(f"--csv {path} has other columns than these rows: name another file")
@@ -277,6 +275,8 @@ def main():
             misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 
     with dist_util.session() as device:
+        written = run.csv if run.mode == "fid" else run.dest
+        dist_util.on_first_rank(lambda: written and misc.check_writable(written))
         if run.mode == "fid":
             reference = read(run.ref_path)
             if run.stat_path:

@@ -53,6 +53,15 @@ def atomic(path, sync=True):
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path):
+    """UserError if it is plain that a file `path` cannot be written: before the work that makes its content, not after."""
+    path = Path(path)
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        why = "it is a folder" if path.is_dir() else f"{place} is {'not writable' if place.is_dir() else 'a file'}"
+        raise UserError(f"cannot write {path}: {why}; name another file")
+
+
 def write_json(path, value):
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")

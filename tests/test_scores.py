@@ -597,3 +597,14 @@ def test_a_table_with_other_columns_is_left_alone(tmp_path):
     shared = ["--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz", "--csv", tmp_path / "t.csv"]
     done = run("fid.py", *shared, expect=2)
     assert "has other columns" in done.stderr and (tmp_path / "t.csv").read_text() == "a,b\n" and done.stdout == ""
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    misc.check_writable(tmp_path / "new" / "deeper" / "x.npz")
+    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file")):
+        with pytest.raises(UserError, match=message):
+            misc.check_writable(path)
+    done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "file" / "x.npz", expect=2)
+    assert done.stderr.count("error: cannot write") == 1 and "statistics" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
