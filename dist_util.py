@@ -77,13 +77,22 @@ def gather(value):
     return values
 
 
-def gather_on_first(value):
-    """List of every rank's (picklable) value on rank 0, None on the others."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values)
-    return values
+def gather_rows(mine, n):
+    """(n, d) float32 on rank 0, None on the others; rank r gives `mine`, the rows r, r + world_size, ...  All on the CPU."""
+    if world_size() == 1:
+        return mine
+    device, rows = "cuda" if dist.get_backend() == "nccl" else "cpu", None
+    if rank() == 0:
+        rows = torch.empty(n, mine.shape[1])
+        rows[:: world_size()] = mine
+    for r in range(1, min(world_size(), n)):  # one after the other: rank 0 holds the whole and one part
+        if rank() == r:
+            dist.send(mine.to(device), 0)
+        elif rank() == 0:
+            part = torch.empty(len(range(r, n, world_size())), mine.shape[1], device=device)
+            dist.recv(part, r)
+            rows[r :: world_size()] = part.cpu()
+    return rows
 
 
 def agree(function):

@@ -75,12 +75,11 @@ def kid(x, y, block=1000):
 
     The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, unbiased, so that it may be negative.  Both sets are
     shuffled (always in the same way) and cut into as many blocks, 10 or more, of at most `block` images; estimates of
-    different blocks are independent, so their mean has a standard error.  UserError for fewer than four images.
+    different blocks are independent, so their mean has a standard error.  UserError for fewer than two images a block.
     """
-    n = min(len(x), len(y))
-    if n < 4:
-        raise UserError(f"kid needs 4 images or more in both sets, and there are {len(x)} and {len(y)}")
-    blocks = min(max(10, math.ceil(max(len(x), len(y)) / block)), n // 2)
+    blocks = max(10, math.ceil(max(len(x), len(y)) / block))
+    if min(len(x), len(y)) < 2 * blocks:
+        raise UserError(f"kid needs {2 * blocks} images or more in both sets, and there are {len(x)} and {len(y)}")
 
     def shuffled(z):
         order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
@@ -171,6 +170,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def read_table(path):
+    """The text of the table `path`, empty if there is none; UserError if it is not one of ours."""
+    try:
+        text = Path(path).read_text() if Path(path).exists() else ""
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"cannot read --csv {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from error
+    if text and text.splitlines()[0] != ",".join(COLUMNS):
+        raise UserError(f"--csv {path} has other columns than these rows: name another file")
+    return text
+
+
 def append_row(path, values, metadata, reference):
     """One line of `path`, with a header if it is new; hashes are SHA-256.  What is unknown of others' images stays empty."""
     made_by = metadata.get("made_by", {})
@@ -188,10 +198,7 @@ def append_row(path, values, metadata, reference):
         "features": metadata.get("features"), "weights": metadata.get("weights"),
         "reference": misc.file_hash(reference), "sha256": made_by.get("sha256"),
     }  # fmt: skip
-    path = Path(path)
-    old = path.read_text() if path.exists() else ""
-    if old and old.splitlines()[0] != ",".join(COLUMNS):
-        raise UserError(f"--csv {path} has other columns than these rows: name another file")
+    old = read_table(path)
     with misc.atomic(path) as temporary, open(temporary, "w", newline="") as file:
         file.write(old)
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -239,13 +246,18 @@ def check(run, flags):
     if not set(metrics) <= set(METRICS) or len(set(metrics)) < len(metrics):
         raise UserError(f"--metrics is {run.metrics}: it takes some of {','.join(METRICS)}, with commas and no spaces")
     sources = ("checkpoint", "img_folder", "stat_path")[: {"ref": 0, "gen": 2, "fid": 3}[run.mode]]
-    defaults.required(run, "ref_path" if run.mode == "fid" else "dest")
+    takes = {"ref": ["dest"], "gen": ["dest", *sources], "fid": ["ref_path", "csv", *sources]}[run.mode]
+    for name in ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv"):
+        if getattr(run, name) is not None and name not in takes:
+            raise UserError(f"--{name} is not for --mode {run.mode}: leave it out, or choose another --mode")
+    defaults.required(run, takes[0])
     if sources and sum(getattr(run, name) is not None for name in sources) != 1:
         raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources[::-1])}")
     if run.checkpoint is None:
-        for f in fields(defaults.Network) + fields(defaults.Sampling):
-            if f.name in flags:
-                raise UserError(f"--{f.name} is for images drawn with --checkpoint: leave it out")
+        given = [f.name for f in fields(defaults.Network) + fields(defaults.Sampling) if f.name in flags]
+        given += [name for name in ("start_seed", "end_seed") if getattr(run, name) != getattr(Run, name)]
+        if given:
+            raise UserError(f"--{given[0]} is for images drawn with --checkpoint: leave it out")
     elif not 0 <= run.start_seed <= run.end_seed:
         raise UserError(
             f"--start_seed {run.start_seed} --end_seed {run.end_seed}: seeds run from 0, start to end, both included"
@@ -254,6 +266,8 @@ def check(run, flags):
         raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
     if run.num is not None and run.num < 2:
         raise UserError(f"--num is {run.num}: a covariance needs two images or more")
+    if run.num is None and run.seed != Run.seed:
+        raise UserError("--seed is that of the subset of --num images: add --num, or leave it out")
     return metrics
 
 
@@ -267,16 +281,17 @@ def main():
 
     def report(reference, images):
         values = score(reference, images, metrics, device)
+        single = len(values) == 1
+        print("\n".join(show(value) if single else f"{name} {show(value)}" for name, value in values.items()), flush=True)
         if run.csv:
             append_row(run.csv, values, images.metadata, run.ref_path)
-        single = len(values) == 1
-        print("\n".join(show(value) if single else f"{name} {show(value)}" for name, value in values.items()))
         if "kid" in values:  # four decimals are few for it
             misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 
     with dist_util.session() as device:
         written = run.csv if run.mode == "fid" else run.dest
         dist_util.on_first_rank(lambda: written and misc.check_writable(written))
+        dist_util.on_first_rank(lambda: run.csv and read_table(run.csv))
         if run.mode == "fid":
             reference = read(run.ref_path)
             if run.stat_path:
@@ -284,12 +299,14 @@ def main():
                 misc.check_comparable(reference, len(images.mu), images.metadata, run.force)
             else:
                 images = make_statistics(run, flags, metrics, device, reference)
-            dist_util.on_first_rank(lambda: report(reference, images))
         else:
             statistics = make_statistics(run, flags, metrics, device)
             dist_util.on_first_rank(lambda: misc.write_statistics(run.dest, statistics))
-            if dist_util.rank() == 0:
-                print(run.dest)
+    if dist_util.rank() == 0:  # the others need not wait, which they would do for so long only
+        if run.mode == "fid":
+            report(reference, images)
+        else:
+            print(run.dest)
 
 
 if __name__ == "__main__":

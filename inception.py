@@ -65,7 +65,13 @@ class Inception(torch.nn.Module):
                 aux_logits=False,
                 init_weights=False,
                 inception_blocks=[
-                    *(blocks.BasicConv2d, _BlockA, blocks.InceptionB, _BlockC, blocks.InceptionD, _BlockE, None),
+                    blocks.BasicConv2d,
+                    _BlockA,
+                    blocks.InceptionB,
+                    _BlockC,
+                    blocks.InceptionD,
+                    _BlockE,
+                    None,  # the auxiliary head
                 ],
             )
         own = net.state_dict()

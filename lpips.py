@@ -18,7 +18,8 @@ class LPIPS(torch.nn.Module):
     reduction     "none" for (B,), "mean" or "sum" for a scalar
 
     Gradients flow to both images and never to the weights; an image that needs none, such as a target, costs no graph.
-    Feature norms are computed in float32 under autocast too.  A feature vector of zeros has gradient zero.
+    Feature norms are computed in float32 under autocast too; convolutions follow torch's own settings (autocast, TF32).  A
+    feature vector of zeros has gradient zero.
 
     Files are read with weights_only=True: nothing in them is executed.  ValueError for a file of another content, OSError for
     one that cannot be read.
@@ -46,7 +47,7 @@ class LPIPS(torch.nn.Module):
                 raise ValueError(f"{vgg_weights} is not a state dict of torchvision's VGG16: see features.{name}")
         self.vgg.load_state_dict({name: value.float() for name, value in found.items()}, assign=True)
         for i, vector in enumerate(_lin_vectors(_read(lin_weights), lin_weights)):
-            self.register_buffer(f"lin{i}", vector.float().reshape(-1))
+            self.register_buffer(f"lin{i}", vector.detach().float().reshape(-1))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1))  # of ImageNet, as VGG16 expects
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1))
         self.requires_grad_(False)
@@ -63,11 +64,13 @@ class LPIPS(torch.nn.Module):
         return found
 
     def forward(self, x, y):
-        """Distances of x and y, both (B, 1 or 3, H, W) in [0, 1]; ValueError for other shapes."""
+        """Distances of x and y, both (B, 1 or 3, H, W) in [0, 1]; ValueError for other shapes and for integers."""
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 16:
             raise ValueError(
                 f"images are {tuple(x.shape)} and {tuple(y.shape)}: both must be the same (B, 1 or 3, H, W), 16 pixels or more"
             )
+        if not (x.is_floating_point() and y.is_floating_point()):
+            raise ValueError(f"images are {x.dtype} and {y.dtype}: they must be floating-point numbers in [0, 1]")
         total = 0
         for i, (a, b) in enumerate(zip(self.features(x), self.features(y))):
             weights = getattr(self, f"lin{i}").reshape(-1, 1, 1)

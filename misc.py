@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -10,8 +11,8 @@ import os
 import re
 import struct
 import sys
+import urllib.request
 import zipfile
-import zlib
 from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,7 +57,11 @@ def atomic(path, sync=True):
 def check_writable(path):
     """UserError if it is plain that a file `path` cannot be written: before the work that makes its content, not after."""
     path = Path(path)
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        path.exists()
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from error
     if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
         why = "it is a folder" if path.is_dir() else f"{place} is {'not writable' if place.is_dir() else 'a file'}"
         raise UserError(f"cannot write {path}: {why}; name another file")
@@ -112,6 +117,7 @@ def progress(total, desc, unit="img", initial=0):
         initial=initial,
         desc=desc,
         unit=unit,
+        unit_scale=unit == "B",
         file=sys.stderr,
         disable=dist_util.rank() != 0,
         dynamic_ncols=True,
@@ -147,6 +153,7 @@ class MemoryImages(torch.utils.data.Dataset):
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # what Pillow is let try, whatever a file's name: fewer decoders for hostile files
 
 
 def decode(data):
@@ -156,7 +163,7 @@ def decode(data):
     would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
     """
     deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # Pillow would drop the low bits of 16 without a word
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"it has {image.n_frames} frames: keep one of them")
         image.load()
@@ -240,7 +247,7 @@ class ImageFiles(torch.utils.data.Dataset):
                     self.zip, self.zip_owner = zipfile.ZipFile(self.path), os.getpid()
                 data = self.zip.read(name)
             image = decode(data)
-        except (OSError, ValueError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except Exception as error:  # of the file, of the zip (encrypted: RuntimeError), or of Pillow, which raises many kinds
             why = "it is damaged or no image" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read image {name}, one of {len(self)} in {self.path}: {why}") from error
         if self.size is not None:
@@ -269,13 +276,39 @@ def _files_under(folder):
     def refuse(error):
         raise error
 
-    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+    seen = set()  # links are followed, and may lead back
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
         yield from names if inside == "." else (f"{inside}/{name}" for name in names)
 
 
+class ArrayOnDisk(torch.utils.data.Dataset):
+    """uint8 images (N, H, W, C) at `offset` of a file, as a data set of batches (B, C, H, W), all of class 0."""
+
+    def __init__(self, path, offset, shape):
+        self.path, self.offset, self.array_shape = path, offset, shape
+
+    def __len__(self):
+        return self.array_shape[0]
+
+    @property
+    def shape(self):
+        """(C, H, W) of the images."""
+        height, width, channels = self.array_shape[1:]
+        return channels, height, width
+
+    def __getitems__(self, indices):
+        array = np.memmap(self.path, np.uint8, "r", self.offset, self.array_shape)  # of this batch alone: pages go when it does
+        return torch.from_numpy(array[indices]).permute(0, 3, 1, 2), torch.zeros(len(indices), dtype=torch.long)
+
+
 def load_array(path):
-    """MemoryImages of an npz file with uint8 images `arr_0` (N, H, W, 1 or 3), as samplers of others write them.
+    """Data set of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them.
 
     They stay on the disk and are read when needed, unless the npz is compressed.
     """
@@ -289,18 +322,21 @@ def load_array(path):
                 major, _ = np.lib.format.read_magic(file)
                 read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
                 shape, columns_first, dtype = read_header(file)
-                if dtype.hasobject or columns_first:
-                    raise ValueError("not a plain array")
-                array = np.memmap(path, dtype, "c", file.tell(), shape) if 0 not in shape else np.empty(shape, dtype)
+                if dtype.hasobject or columns_first or file.tell() + math.prod(shape) > os.path.getsize(path):
+                    raise ValueError("not a plain array, or not all of it")
+                array = ArrayOnDisk(path, file.tell(), shape)
         else:
             with np.load(path, allow_pickle=False) as archive:
                 array = archive["arr_0"]
+                shape, dtype = array.shape, array.dtype
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged zip, missing or pickled array
         raise UserError(f"{path} is not an npz file with an array `arr_0` of images, or it is damaged") from error
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        raise UserError(f"{path} holds {array.dtype} {array.shape}: expected uint8 images (N, H, W, 1 or 3)")
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+        raise UserError(f"{path} holds {dtype} {shape}: expected uint8 images (N, H, W, 1 or 3)")
+    if isinstance(array, ArrayOnDisk):
+        return array
     images = torch.from_numpy(array).permute(0, 3, 1, 2)
     return MemoryImages(images, torch.zeros(len(images), dtype=torch.long))
 
@@ -711,23 +747,39 @@ WEIGHTS = {
 }
 
 
+def published_hash(flag):
+    """First eight digits of the SHA-256 of a published weights file, as its name has them; empty where it has none."""
+    found = re.search(r"-([0-9a-f]{8})\.pth$", WEIGHTS[flag][0])
+    return found[1] if found else ""
+
+
 def weights_file(flag, path, download):
     """(path, SHA-256) of a published weights file: `path`, or its own name in weights/; rank 0 downloads it if asked to.
 
-    A name that ends in -XXXXXXXX.pth promises how the SHA-256 begins: UserError if it does not, or if there is no file.
+    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins: UserError if a file of that name does not keep
+    it, or if there is no file.
     """
     name, place, need = WEIGHTS[flag]
     path, url = Path(path or Path("weights") / name), f"{place}/{name}"
-    promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    promised = published_hash(flag) if path.name == name else ""
 
     def fetch():
-        published = re.search(r"-([0-9a-f]{8})\.", name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), published and published[1], progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: another hash than its name says
-            raise UserError(f"cannot download {url} to {path}: {' '.join(str(error).split())}") from error
-        log(f"downloaded {path}, SHA-256 {file_hash(path)}")
+        fail = f"cannot download {url} to {path}"
+        with atomic(path) as temporary:
+            try:
+                with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
+                    expected = int(reply.headers["Content-Length"] or 0)
+                    with progress(expected or None, name, unit="B") as bar:
+                        while block := reply.read(1 << 20):
+                            bar.update(file.write(block))
+            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+                raise UserError(f"{fail}: {' '.join(str(error).split())}") from error
+            if expected and temporary.stat().st_size != expected:
+                raise UserError(f"{fail}: it broke off after {temporary.stat().st_size} of {expected} bytes; try again")
+            digest = file_hash(temporary)
+            if not digest.startswith(published_hash(flag)):
+                raise UserError(f"{fail}: its SHA-256 is {digest}, not {published_hash(flag)}...; it was not kept")
+        log(f"downloaded {path}, SHA-256 {digest}")
 
     def find():
         if not path.is_file():
@@ -736,7 +788,7 @@ def weights_file(flag, path, download):
             digest = file_hash(path)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if promised and not digest.startswith(promised[1]):
+        if not digest.startswith(promised):
             raise UserError(f"{path} is damaged or another file: its SHA-256 begins with {digest[:8]}; remove it and get {url}")
         return path, digest
 
@@ -753,7 +805,6 @@ def weights_file(flag, path, download):
 class Pixels:
     """Raw pixels in [0, 1].  As uint8, with unit 255, so that their sums are exact."""
 
-    name = "pixels"
     unit = 255
     metadata = {"features": "pixels", "preprocessing": "uint8/255", "precision": "exact sums of integers"}
 
@@ -770,18 +821,17 @@ class Pixels:
 class Inception:
     """The 2,048 features of FID's InceptionV3, with the weights of a file; UserError if it holds others."""
 
-    name = "inception"
     unit = 1
 
     def __init__(self, device, path, digest):
         import inception  # which imports torchvision: slow, and pixels do without
 
         try:
-            self.network = inception.Inception(torch.load(path, map_location="cpu", weights_only=True)).to(device)
+            net = inception.Inception(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # whatever the unpickler meets in a damaged or hostile file; other tensors
             why = f": {error}" if isinstance(error, ValueError) else ""
             raise UserError(f"{path} does not hold the weights of FID's InceptionV3{why}") from error
-        self.device = device
+        self.network, self.device = net.to(device), device
         self.metadata = {
             "features": "inception",
             "weights": digest,
@@ -802,7 +852,7 @@ def load_features(name, device, weights=None, download=False):
     if name == "pixels":
         return Pixels(device)
     path, digest = weights_file("inception_weights", weights, download)
-    published = re.search(r"-([0-9a-f]{8})\.", WEIGHTS["inception_weights"][0])[1]
+    published = published_hash("inception_weights")
     if not digest.startswith(published):
         log(f"warning: {path} is not the published file (SHA-256 {published}...): its scores compare with none but its own")
     return dist_util.agree(lambda: Inception(device, path, digest))
@@ -907,18 +957,14 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
 
     total, outer, kept = dist_util.agree(add_up)
     total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
-    mu = total / n
-    # For pixels n outer - total total^T is exact while the integers stay below 2^53; beyond, it is as good as float64 gets.
-    sigma = (outer - torch.outer(mu, total)) / (n - 1)
-    features = kept if keep and world == 1 else None
-    if keep and world > 1 and (parts := dist_util.gather_on_first(kept)):
-        features = torch.empty(n, len(mu))
-        for r, part in enumerate(parts):
-            features[r::world] = part
+    # In place, since the matrix may be large.  For pixels the numerator is exact while its integers stay below 2^53, which is
+    # up to 370,000 images; beyond, it is as good as float64 gets.
+    sigma = outer.mul_(n).addr_(total, total, alpha=-1).div_(n * (n - 1) * extract.unit**2)
+    features = dist_util.gather_rows(kept, n) if keep else None
     record = {**metadata_of(extract, source.shape, n), **(made or {})}
     if n != len(source):
         record["subset"] = {"of": len(source), "seed": seed}
-    return Statistics((mu / extract.unit).numpy(), (sigma / extract.unit**2).numpy(), record, features)
+    return Statistics((total / (n * extract.unit)).numpy(), sigma.numpy(), record, features)
 
 
 def write_statistics(dest, statistics):
@@ -947,8 +993,11 @@ def read_statistics(path, features=False):
         raise UserError(f"there is no file {path}: make it with fid.py --mode ref or --mode gen") from error
     except Exception as error:  # damaged zip, pickled arrays, missing names, not numbers
         raise UserError(f"{path} is not a statistics file with `mu` and `sigma`, or it is damaged") from error
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    matching = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
+    if not (matching and np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
+        raise UserError(f"{path} does not hold a covariance: sigma is not symmetric")
     if features and kept is None:
         raise UserError(f"{path} holds no features, which kid and pr need: make it again with --metrics fid,kid,pr")
     if features and (kept.ndim != 2 or kept.shape[1] != len(mu) or not kept.isfinite().all()):
@@ -1019,7 +1068,9 @@ def open_images(path):
         try:
             made_by = json.loads(record.read_text())
             expected = made_by["end_seed"] - made_by["start_seed"] + 1
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(section, dict) for section in made_by.get("config", {}).values()):
+                raise ValueError("no configuration")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{record} is damaged: make the images again, or remove it") from error
         if len(images) != expected:
             raise UserError(

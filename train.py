@@ -216,8 +216,8 @@ def make_distance(run, config, device):
         except (ValueError, OSError) as error:
             raise UserError(f"{error}") from error
 
-    network, centered = dist_util.agree(load), config.data.centered
-    return lambda a, b: network(*(lpips.at_vgg_size((x + 1) / 2 if centered else x) for x in (a, b)))
+    perceptual, centered = dist_util.agree(load), config.data.centered
+    return lambda a, b: perceptual(*(lpips.at_vgg_size((x + 1) / 2 if centered else x) for x in (a, b)))
 
 
 # --------------------------------------------------------------------------------------------------- one step
@@ -382,6 +382,8 @@ def train(run, flags, device):
     classes = int(dataset.labels.max()) + 1
     if config.network.label_dim and config.network.label_dim < classes:
         raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
+    if run.ref_path and not cfg.fid_freq:
+        raise UserError("--ref_path is for --fid_freq, the steps between scores: add it, or leave --ref_path out")
     score = Score(run, config, dataset.shape, device) if cfg.fid_freq else None
     distance = make_distance(run, config, device) if teacher else None
     for name, section in defaults.to_dict(config).items():

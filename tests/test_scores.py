@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +106,18 @@ def rgb16():
     rows = b"".join(b"\0" + bytes(range(5 * 6)) for _ in range(6))
     header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_only_the_documented_formats_are_decoded(tmp_path):
+    Image.new("RGB", (5, 6)).save(tmp_path / "x.png", format="TIFF")
+    with pytest.raises(OSError, match="cannot identify"):
+        misc.decode((tmp_path / "x.png").read_bytes())
+
+
+def test_a_link_that_leads_back_does_not_repeat_images(tmp_path):
+    write_folder(tmp_path / "a", images(4), classes=2)
+    (tmp_path / "a" / "class0" / "again").symlink_to(tmp_path / "a")
+    assert len(misc.ImageFiles(tmp_path / "a")) == 4
 
 
 @pytest.mark.parametrize(
@@ -223,6 +236,8 @@ def test_statistics_files_of_other_tools_are_read(tmp_path):
     [
         ({"mu": np.zeros(3)}, "not a statistics file"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "does not hold finite statistics"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "does not hold finite statistics"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 1], [0, 1]])}, "sigma is not symmetric"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "does not hold finite statistics"),
         ({"mu": np.array([None]), "sigma": np.eye(1)}, "not a statistics file"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "metadata": "[1]"}, "not a statistics file"),
@@ -303,7 +318,8 @@ def test_no_score_is_printed_as_minus_zero():
 
 
 def test_kid_is_the_mean_of_brute_force_estimates_over_blocks():
-    x, y = torch.randn(23, 5, generator=torch.Generator().manual_seed(0)), torch.rand(31, 5)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(23, 5, generator=generator), torch.rand(31, 5, generator=generator)
     value, error = fid.kid(x, y)
 
     def shuffled(z):
@@ -370,8 +386,10 @@ def test_precision_and_recall_of_equal_far_and_nested_sets():
 
 
 def test_scores_need_enough_images():
-    with pytest.raises(UserError, match="4 images or more"):
-        fid.kid(torch.zeros(3, 2), torch.zeros(9, 2))
+    with pytest.raises(UserError, match="kid needs 20 images or more"):
+        fid.kid(torch.zeros(19, 2), torch.zeros(99, 2))
+    with pytest.raises(UserError, match="kid needs 60 images or more"):  # else a block would hold very many of one set
+        fid.kid(torch.zeros(59, 2), torch.zeros(30_000, 2))
     with pytest.raises(UserError, match="more than 3 images"):
         fid.precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
 
@@ -444,9 +462,35 @@ def test_weights_are_downloaded_once_and_checked(monkeypatch, tmp_path):
 
 def test_a_download_with_another_hash_leaves_nothing(monkeypatch, tmp_path):
     published(monkeypatch, tmp_path, promise="00000000")
-    with pytest.raises(UserError, match="cannot download.*invalid hash"):
+    with pytest.raises(UserError, match="cannot download.*its SHA-256 is .*, not 00000000"):
         misc.weights_file("inception_weights", None, True)
     assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_a_download_that_breaks_off_leaves_nothing(monkeypatch, tmp_path):
+    """Also where no hash is known: the place says 100 bytes are coming and sends 7."""
+    name = published(monkeypatch, tmp_path)
+    unhashed = ("w.pt", f"file://{tmp_path}/site", "scores need")
+    monkeypatch.setitem(misc.WEIGHTS, "inception_weights", unhashed)
+    (tmp_path / "site" / name).rename(tmp_path / "site" / "w.pt")
+    real = misc.urllib.request.urlopen
+
+    def short(url, timeout):
+        reply = real(url, timeout=timeout)
+        reply.headers.replace_header("Content-Length", "100")
+        return reply
+
+    monkeypatch.setattr(misc.urllib.request, "urlopen", short)
+    with pytest.raises(UserError, match="broke off after 7 of 100 bytes"):
+        misc.weights_file("inception_weights", None, True)
+    assert list((tmp_path / "weights").iterdir()) == []
+    monkeypatch.undo()
+
+
+def test_a_file_of_the_users_own_name_promises_no_hash(monkeypatch, tmp_path):
+    published(monkeypatch, tmp_path)
+    (tmp_path / "mine-20240101.pth").write_bytes(b"x")
+    assert misc.weights_file("inception_weights", "mine-20240101.pth", False)[1] == hashlib.sha256(b"x").hexdigest()
 
 
 def test_foreign_weights_are_refused(weights, tmp_path):
@@ -539,6 +583,22 @@ def array(**arrays):
     return make
 
 
+def locked_zip(path):
+    """A zip whose only image says that it is encrypted."""
+    write_folder(path.with_name("locked"), images(1))
+    data = bytearray(Path(shutil.make_archive(path, "zip", path.with_name("locked"))).read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + offset] |= 1
+    path.write_bytes(data)
+
+
+def cut_array(path):
+    """An npz that holds fewer bytes than the shape of its array asks for."""
+    np.savez(path.with_suffix(".npz"), arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    data = path.with_suffix(".npz").read_bytes().replace(b"(5, 8, 8, 3)", b"(9, 8, 8, 3)")
+    path.with_suffix(".npz").write_bytes(data)
+
+
 BAD_SETS = {
     "missing": (lambda p: None, "neither a folder nor a zip"),
     "empty": (lambda p: p.mkdir(), "no images in"),
@@ -554,6 +614,9 @@ BAD_SETS = {
     "cut after its signature": (bad_image(lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n")), "cannot read image z.png, one of 6"),
     "no image": (bad_image(lambda p: p.write_text("hello")), "z.png, one of 6 in"),
     "unfinished": (bad_image(lambda p: misc.write_json(p, UNFINISHED), "eval.json"), "holds 5 of the 10 images"),
+    "record of another kind": (bad_image(lambda p: misc.write_json(p, {**UNFINISHED, "config": 3}), "eval.json"), "is damaged"),
+    "locked": (lambda p: locked_zip(p), "is encrypted"),
+    "array cut short": (cut_array, "npz file with an array `arr_0`"),
     "transparent": (bad_image(lambda p: Image.new("RGBA", (5, 6)).save(p)), "it has transparent pixels"),
     "16 bits": (bad_image(lambda p: p.write_bytes(rgb16())), "it has 16 bits"),
     "array of floats": (array(arr_0=np.zeros((5, 4, 4, 3))), "expected uint8 images (N, H, W, 1 or 3)"),
@@ -574,7 +637,7 @@ def test_bad_sets_of_images_end_with_one_line(tmp_path, name):
     assert "Traceback" not in done.stderr and not (tmp_path / "s.npz").exists()
 
 
-@pytest.mark.parametrize("name", ["truncated", "sizes", "one image"])
+@pytest.mark.parametrize("name", ["truncated", "sizes", "one image", "stray file", "empty", "16 bits"])
 def test_bad_sets_end_all_ranks_with_one_line(tmp_path, name):
     """The bad image is the sixth, which the second rank reads, and the first does not."""
     make, message = BAD_SETS[name]
@@ -597,12 +660,15 @@ def test_a_table_with_other_columns_is_left_alone(tmp_path):
     shared = ["--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz", "--csv", tmp_path / "t.csv"]
     done = run("fid.py", *shared, expect=2)
     assert "has other columns" in done.stderr and (tmp_path / "t.csv").read_text() == "a,b\n" and done.stdout == ""
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe")
+    assert "cannot read --csv" in run("fid.py", *shared, expect=2).stderr
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     misc.check_writable(tmp_path / "new" / "deeper" / "x.npz")
-    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file")):
+    long = tmp_path / ("x" * 300) / "x.npz"
+    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file"), (long, "too long")):
         with pytest.raises(UserError, match=message):
             misc.check_writable(path)
     done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "file" / "x.npz", expect=2)
