@@ -50,22 +50,36 @@ def session():
 
 
 def launch(main):
-    """Run a script's main(); a UserError becomes one line, from one rank, and exit status 2."""
+    """Run a script's main() and leave; a UserError becomes one line, from one rank, and exit status 2."""
+    status = _run(main)
+    if "RANK" in os.environ:
+        # Threads of torch that outlive the process group may want the interpreter's lock while it is being torn down, which
+        # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def _run(main):
+    """The exit status of main()."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         if rank() == 0 or isinstance(error, LoneError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         if rank() == 0:
             print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def gather(value):

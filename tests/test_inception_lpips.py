@@ -236,6 +236,15 @@ def test_lpips_refuses_unknown_options(weights, wrong):
 def test_lpips_refuses_other_images(distance):
     with pytest.raises(ValueError, match="16 pixels or more"):
         distance[0](torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="floating-point"):
+        distance[0](*2 * [torch.zeros(1, 3, 16, 16, dtype=torch.uint8)])
+
+
+def test_lpips_weights_saved_as_parameters_get_no_gradient(weights, tmp_path):
+    lin = [torch.nn.Parameter(vector) for vector in torch.load(weights["piq"])]
+    torch.save(lin, tmp_path / "lin.pt")
+    net = lpips.LPIPS(tmp_path / "lin.pt", weights["vgg"])
+    assert not any(tensor.requires_grad for tensor in (*net.parameters(), *net.buffers()))
 
 
 def test_lpips_refuses_other_files_and_runs_no_code(weights, tmp_path):
