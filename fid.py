@@ -302,7 +302,7 @@ def main():
         else:
             statistics = make_statistics(run, flags, metrics, device)
             dist_util.on_first_rank(lambda: misc.write_statistics(run.dest, statistics))
-    if dist_util.rank() == 0:  # the others need not wait, which they would do for so long only
+    if dist_util.rank() == 0:  # alone: precision of large sets can take longer than ranks wait for each other
         if run.mode == "fid":
             report(reference, images)
         else:
