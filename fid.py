@@ -52,8 +52,8 @@ class Run:
     )
     metrics: str = setting(
         "fid",
-        "which scores, with commas: fid; kid (and its standard error); pr (improved precision and recall, k = 3). The last two "
-        "need --metrics in ref and gen too, which then store every image's features (8 kB each for inception)",
+        "which scores, with commas and each once: fid; kid (and its standard error); pr (improved precision and recall, "
+        "k = 3). The last two need --metrics in ref and gen too, which then store every image's features (inception: 8 kB)",
     )
     num: int | None = setting(
         None, "number of images to take, a subset drawn from --seed; under torchrun write `torchrun ... -- fid.py ... --num N`"
@@ -74,15 +74,16 @@ def kid(x, y, block=1000):
     """Kernel Inception Distance (arXiv 1801.01401) of features (n, d) and (m, d): an unbiased estimate and its standard error.
 
     The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, unbiased, so that it may be negative.  Both sets are
-    shuffled (always in the same way) and cut into as many blocks, 10 or more, of at most `block` images; estimates of
-    different blocks are independent, so their mean has a standard error.  UserError for fewer than two images a block.
+    shuffled, each in its own way (the same in every run), and cut into as many blocks, 10 or more, of at most `block` images;
+    estimates of different blocks are independent, so their mean has a standard error.  One shuffle for both would pair images
+    that correspond, such as those of the same seeds, and bias the estimate.  UserError for fewer than two images a block.
     """
     blocks = max(10, math.ceil(max(len(x), len(y)) / block))
     if min(len(x), len(y)) < 2 * blocks:
         raise UserError(f"kid needs {2 * blocks} images or more in both sets, and there are {len(x)} and {len(y)}")
 
-    def shuffled(z):
-        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).to(z.device)
+    def shuffled(z, seed):
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
         return z[order].tensor_split(blocks)
 
     def kernel(a, b):
@@ -94,7 +95,7 @@ def kid(x, y, block=1000):
 
     estimates = []
     with misc.progress(blocks, "kid", unit="block") as bar:
-        for a, b in zip(shuffled(x), shuffled(y)):
+        for a, b in zip(shuffled(x, 0), shuffled(y, 1)):
             a, b = a.double(), b.double()
             estimates.append(within(a) + within(b) - 2 * kernel(a, b).mean())
             bar.update()
@@ -165,8 +166,8 @@ def show(value, digits=4):
 
 COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
-    "kid", "kid_stderr", "precision", "recall", "n", "start_seed", "end_seed", "class_idx", "eps1", "rho", "features",
-    "weights", "reference", "sha256",
+    "kid", "kid_stderr", "precision", "recall", "n", "subset_of", "subset_seed", "start_seed", "end_seed", "class_idx", "eps1",
+    "rho", "image", "features", "weights", "forced", "source", "sha256", "ref_path", "reference",
 )  # fmt: skip
 
 
@@ -181,22 +182,27 @@ def read_table(path):
     return text
 
 
-def append_row(path, values, metadata, reference):
-    """One line of `path`, with a header if it is new; hashes are SHA-256.  What is unknown of others' images stays empty."""
+def append_row(path, values, metadata, ref_path, forced):
+    """One line of `path`, with a header if it is new; hashes are SHA-256: of the Inception's weights, of the checkpoint, of the
+    reference's file.  What is unknown of others' images stays empty.
+    """
     made_by = metadata.get("made_by", {})
     config = made_by.get("config", {})
     mode, data, sampling = (config.get(name, {}) for name in ("task", "data", "sampling"))
     mode = mode.get("mode")
     solver = "flow map" if mode == "characteristic" else "sde" if sampling.get("sde") else sampling.get("ode_solver")
+    subset = metadata.get("subset", {})
     shown = {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
     row = {
         "mode": mode, "dataset": data.get("data_name"), "step": made_by.get("step"), "solver": solver,
         "num_steps": sampling.get("num_steps"), "nfe": made_by.get("nfe"), "eps0": sampling.get("eval_eps0"),
         **{name: sampling.get(name) for name in ("churn", "s_min", "s_max", "gamma")},
-        **shown, "n": metadata.get("n"), "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
+        **shown, "n": metadata.get("n"), "subset_of": subset.get("of"), "subset_seed": subset.get("seed"),
+        "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
         "class_idx": sampling.get("class_idx"), "eps1": sampling.get("eval_eps1"), "rho": sampling.get("rho"),
-        "features": metadata.get("features"), "weights": metadata.get("weights"),
-        "reference": misc.file_hash(reference), "sha256": made_by.get("sha256"),
+        "image": "x".join(map(str, metadata.get("image", []))), "features": metadata.get("features"),
+        "weights": metadata.get("weights"), "forced": forced or None, "source": metadata.get("source"),
+        "sha256": made_by.get("sha256"), "ref_path": ref_path, "reference": misc.file_hash(ref_path),
     }  # fmt: skip
     old = read_table(path)
     with misc.atomic(path) as temporary, open(temporary, "w", newline="") as file:
@@ -244,12 +250,16 @@ def check(run, flags):
     """The metrics asked for; UserError where flags are missing or do not go together."""
     metrics = run.metrics.split(",")
     if not set(metrics) <= set(METRICS) or len(set(metrics)) < len(metrics):
-        raise UserError(f"--metrics is {run.metrics}: it takes some of {','.join(METRICS)}, with commas and no spaces")
+        raise UserError(
+            f"--metrics is {run.metrics}: it takes some of {','.join(METRICS)}, each once, with commas and no spaces"
+        )
     sources = ("checkpoint", "img_folder", "stat_path")[: {"ref": 0, "gen": 2, "fid": 3}[run.mode]]
     takes = {"ref": ["dest"], "gen": ["dest", *sources], "fid": ["ref_path", "csv", *sources]}[run.mode]
     for name in ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv"):
         if getattr(run, name) is not None and name not in takes:
             raise UserError(f"--{name} is not for --mode {run.mode}: leave it out, or choose another --mode")
+    if run.force and run.mode != "fid":
+        raise UserError("--force is for --mode fid, which compares: leave it out")
     defaults.required(run, takes[0])
     if sources and sum(getattr(run, name) is not None for name in sources) != 1:
         raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources[::-1])}")
@@ -258,6 +268,9 @@ def check(run, flags):
         given += [name for name in ("start_seed", "end_seed") if getattr(run, name) != getattr(Run, name)]
         if given:
             raise UserError(f"--{given[0]} is for images drawn with --checkpoint: leave it out")
+        given = [f.name for f in fields(defaults.Data) if f.name in flags and f.name not in ("data_name", "num_workers")]
+        if given and run.mode != "ref":
+            raise UserError(f"--{given[0]} is for --mode ref: images are scored as they are; leave it out")
     elif not 0 <= run.start_seed <= run.end_seed:
         raise UserError(
             f"--start_seed {run.start_seed} --end_seed {run.end_seed}: seeds run from 0, start to end, both included"
@@ -284,7 +297,7 @@ def main():
         single = len(values) == 1
         print("\n".join(show(value) if single else f"{name} {show(value)}" for name, value in values.items()), flush=True)
         if run.csv:
-            append_row(run.csv, values, images.metadata, run.ref_path)
+            append_row(run.csv, values, images.metadata, run.ref_path, run.force)
         if "kid" in values:  # four decimals are few for it
             misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 

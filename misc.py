@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import sys
+import tempfile
 import urllib.request
 import zipfile
 from collections import deque
@@ -62,9 +63,13 @@ def check_writable(path):
         path.exists()
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise UserError(f"cannot write {path}: {error.strerror}; name another file") from error
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        why = "it is a folder" if path.is_dir() else f"{place} is {'not writable' if place.is_dir() else 'a file'}"
+    if path.is_dir() or not place.is_dir():
+        why = "it is a folder" if path.is_dir() else f"{place} is a file"
         raise UserError(f"cannot write {path}: {why}; name another file")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); name another file") from error
 
 
 def write_json(path, value):
@@ -266,7 +271,7 @@ class ImageFiles(torch.utils.data.Dataset):
             if tuple(image.shape) != self.shape:
                 first, other = ("x".join(map(str, (*shape[1:], shape[0]))) for shape in (self.shape, image.shape))
                 raise UserError(
-                    f"images of different sizes among the {len(self)} in {self.path}: "
+                    f"images of different sizes or colours among the {len(self)} in {self.path}: "
                     f"{self.names[0]} is {first}, {self.names[i]} is {other}"
                 )
         return torch.stack(images), self.labels[indices]
@@ -782,6 +787,8 @@ def weights_file(flag, path, download):
         log(f"downloaded {path}, SHA-256 {digest}")
 
     def find():
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: --{flag} names a file")
         if not path.is_file():
             raise UserError(f"{need} {path}: get it from {url}, name yours with --{flag}, or add --download")
         try:
@@ -852,10 +859,11 @@ def load_features(name, device, weights=None, download=False):
     if name == "pixels":
         return Pixels(device)
     path, digest = weights_file("inception_weights", weights, download)
+    extract = dist_util.agree(lambda: Inception(device, path, digest))
     published = published_hash("inception_weights")
     if not digest.startswith(published):
         log(f"warning: {path} is not the published file (SHA-256 {published}...): its scores compare with none but its own")
-    return dist_util.agree(lambda: Inception(device, path, digest))
+    return extract
 
 
 def choose_features(asked, channels, reference=None):
@@ -976,19 +984,30 @@ def write_statistics(dest, statistics):
         np.savez(file, **arrays)
 
 
+def check_record(made_by):
+    """ValueError, AttributeError unless the record of how images were made, eval.json, holds sections of settings or none."""
+    if not all(isinstance(section, dict) for section in made_by.get("config", {}).values()):
+        raise ValueError("no configuration")
+
+
 def read_statistics(path, features=False):
     """Statistics of a file, ours or of other tools; with `features`, UserError if it holds none."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            mu, sigma = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
+            mu, sigma = archive["mu"], archive["sigma"]
+            if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+                raise ValueError("not real numbers")
+            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
             metadata = json.loads(str(archive["metadata"])) if "metadata" in archive else {}
             kept = (
                 torch.from_numpy(archive["features"].astype(np.float32, copy=False))
                 if features and "features" in archive
                 else None
             )
-            if not isinstance(metadata, dict) or not isinstance(metadata.get("n", 0), int):
+            kinds = {"n": int, "image": list, "subset": dict, "made_by": dict}
+            if not all(isinstance(metadata.get(name, kind()), kind) for name, kind in kinds.items()):
                 raise ValueError("metadata of another kind")
+            check_record(metadata.get("made_by", {}))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}: make it with fid.py --mode ref or --mode gen") from error
     except Exception as error:  # damaged zip, pickled arrays, missing names, not numbers
@@ -998,6 +1017,12 @@ def read_statistics(path, features=False):
         raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
         raise UserError(f"{path} does not hold a covariance: sigma is not symmetric")
+    try:  # eigenvalues below zero by more than rounding, of sums in float32 too, make this fail
+        shifted = sigma.copy()
+        shifted.flat[:: len(mu) + 1] += 1e-4 * sigma.diagonal().max() + np.finfo(np.float64).tiny
+        scipy.linalg.cholesky(shifted, overwrite_a=True)
+    except np.linalg.LinAlgError as error:
+        raise UserError(f"{path} does not hold a covariance: sigma has negative eigenvalues") from error
     if features and kept is None:
         raise UserError(f"{path} holds no features, which kid and pr need: make it again with --metrics fid,kid,pr")
     if features and (kept.ndim != 2 or kept.shape[1] != len(mu) or not kept.isfinite().all()):
@@ -1068,8 +1093,7 @@ def open_images(path):
         try:
             made_by = json.loads(record.read_text())
             expected = made_by["end_seed"] - made_by["start_seed"] + 1
-            if not all(isinstance(section, dict) for section in made_by.get("config", {}).values()):
-                raise ValueError("no configuration")
+            check_record(made_by)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{record} is damaged: make the images again, or remove it") from error
         if len(images) != expected:

@@ -240,6 +240,12 @@ def test_statistics_files_of_other_tools_are_read(tmp_path):
         ({"mu": np.zeros(2), "sigma": np.array([[1, 1], [0, 1]])}, "sigma is not symmetric"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "does not hold finite statistics"),
         ({"mu": np.array([None]), "sigma": np.eye(1)}, "not a statistics file"),
+        ({"mu": np.zeros(2, complex), "sigma": np.eye(2)}, "not a statistics file"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma has negative eigenvalues"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 2], [2, 1]])}, "sigma has negative eigenvalues"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "metadata": '{"made_by": 3}'}, "not a statistics file"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "metadata": '{"made_by": {"config": {"data": 1}}}'}, "not a statistics file"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "metadata": '{"subset": [1]}'}, "not a statistics file"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "metadata": "[1]"}, "not a statistics file"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, "holds no features"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((5, 4))}, "does not hold finite features"),
@@ -322,12 +328,12 @@ def test_kid_is_the_mean_of_brute_force_estimates_over_blocks():
     x, y = torch.randn(23, 5, generator=generator), torch.rand(31, 5, generator=generator)
     value, error = fid.kid(x, y)
 
-    def shuffled(z):
-        return np.array_split(z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))].double().numpy(), 10)
+    def shuffled(z, seed):
+        return np.array_split(z[torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))].double().numpy(), 10)
 
     k = lambda a, b: (a @ b / 5 + 1) ** 3
     estimates = []
-    for a, b in zip(shuffled(x), shuffled(y)):
+    for a, b in zip(shuffled(x, 0), shuffled(y, 1)):
         aa = np.mean([k(p, q) for i, p in enumerate(a) for j, q in enumerate(a) if i != j])
         bb = np.mean([k(p, q) for i, p in enumerate(b) for j, q in enumerate(b) if i != j])
         estimates.append(aa + bb - 2 * np.mean([k(p, q) for p in a for q in b]))
@@ -349,6 +355,20 @@ def test_kid_is_unbiased_and_its_standard_error_is_honest():
     assert np.mean(values) == pytest.approx(exact, abs=4 * np.std(values) / 300**0.5)
     assert np.mean(np.square(errors)) == pytest.approx(np.var(values), rel=0.4)
     assert abs(np.mean(values) - exact) < 0.25 * np.std(values)  # a biased estimate would be off by more
+
+
+def test_kid_of_images_that_correspond_is_not_biased():
+    """Such as two models' images of the same seeds: a common shuffle would put each into its counterpart's block.
+
+    With blocks of 50 that bias would be 40 times that of 2,000 dependent pairs, and 30 standard errors.
+    """
+    values, errors = [], []
+    for seed in range(10):
+        x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(seed))
+        value, error = fid.kid(x, x + 1e-3, block=50)
+        values.append(value)
+        errors.append(error)
+    assert abs(np.mean(values)) < 2 * np.mean(errors)
 
 
 @pytest.mark.parametrize("block", [4, 2000])
@@ -520,8 +540,20 @@ def test_fid_prints_one_number_and_appends_a_row(tmp_path):
     assert first == second == f"{expected:.4f}\n"
     rows = list(csv.DictReader((tmp_path / "stats.csv").read_text().splitlines()))
     assert len(rows) == 2 and rows[0] == rows[1]
+    assert rows[0]["source"] == str(tmp_path / "b") and rows[0]["ref_path"] == str(tmp_path / "a.npz")
+    assert rows[0]["image"] == "1x6x5" and rows[0]["subset_seed"] == rows[0]["forced"] == ""
     assert rows[0]["FID"] == first.strip() and rows[0]["solver"] == "heun" and rows[0]["nfe"] == "3" and rows[0]["n"] == "37"
     assert rows[0]["rho"] == "7.0" and rows[0]["reference"] == misc.file_hash(tmp_path / "a.npz")
+
+
+def test_a_row_tells_a_subset_and_a_forced_comparison(tmp_path):
+    """Another subset is another score: without its seed the row could not be repeated."""
+    write_folder(tmp_path / "a", images())
+    run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "a", "--dest", tmp_path / "a.npz")
+    shared = ["fid.py", "--ref_path", tmp_path / "a.npz", "--csv", tmp_path / "t.csv", "--img_folder", tmp_path / "a"]
+    run(*shared, "--num", "20", "--seed", "3", "--force")
+    (row,) = csv.DictReader((tmp_path / "t.csv").read_text().splitlines())
+    assert (row["n"], row["subset_of"], row["subset_seed"], row["forced"]) == ("20", "37", "3", "True")
 
 
 def test_reference_statistics_of_the_digits(tmp_path):
@@ -664,11 +696,20 @@ def test_a_table_with_other_columns_is_left_alone(tmp_path):
     assert "cannot read --csv" in run("fid.py", *shared, expect=2).stderr
 
 
+def test_a_constant_set_has_statistics_that_are_read(tmp_path):
+    write_folder(tmp_path / "a", torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
+    run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "a", "--dest", tmp_path / "a.npz")
+    assert run("fid.py", "--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz").stdout == "0.0000\n"
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     misc.check_writable(tmp_path / "new" / "deeper" / "x.npz")
     long = tmp_path / ("x" * 300) / "x.npz"
-    for path, message in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file"), (long, "too long")):
+    places = [(tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file"), (long, "too long")]
+    if Path("/proc/self").exists():
+        places.append((Path("/proc/new/x.npz"), "/proc is not writable"))
+    for path, message in places:
         with pytest.raises(UserError, match=message):
             misc.check_writable(path)
     done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "file" / "x.npz", expect=2)
