@@ -5,8 +5,10 @@ Every function works in both cases; without torchrun there is one rank, number 0
 
 import datetime
 import os
+import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +21,10 @@ class UserError(Exception):
 
 class LoneError(UserError):
     """One that this rank met by itself, while the others are at work."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and has kept what it should; the signal is its argument."""
 
 
 def rank():
@@ -40,21 +46,60 @@ def session():
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    try:
-        yield device
-        gather(None)  # leave together: a rank that closes its connections early can bring the others down
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(os.environ.get("DIST_TIMEOUT", 1800))))
+    yield device
+    gather(None)  # leave together: a rank that closes its connections early can bring the others down
+    if dist.is_initialized():  # after an error the others may be gone, and leaving politely could wait for them
+        dist.destroy_process_group()
+
+
+class StopSignals:
+    """Context in which SIGTERM and SIGINT are noted in `received` instead of ending the process: a step can be finished.
+
+    Within at_once() they raise Stopped, as does a second SIGINT to a run without torchrun, which passes each on twice.
+    """
+
+    def __init__(self):
+        self.received, self.urgent = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, where):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.received and kind and issubclass(kind, RuntimeError) and dist.is_initialized():
+            raise Stopped(self.received) from error  # another rank left first, since it was asked to as well
+
+    def note(self, number, frame):
+        again = self.received is not None and number == signal.SIGINT and "RANK" not in os.environ
+        self.received = number
+        if self.urgent or again:
+            raise Stopped(number)
+
+    @contextmanager
+    def at_once(self):
+        """For work that may take long and can be begun again."""
+        self.urgent = True
+        try:
+            if self.received:
+                raise Stopped(self.received)
+            yield
+        finally:
+            self.urgent = False
 
 
 def launch(main):
-    """Run a script's main() and leave; a UserError becomes one line, from one rank, and exit status 2."""
+    """Run a script's main() and leave; a UserError becomes one line, from one rank, and exit status 2.
+
+    A signal that asked the run to stop becomes 128 and its number: 143 for SIGTERM, 130 for SIGINT.
+    """
     status = _run(main)
     if "RANK" in os.environ:
         # Threads of torch that outlive the process group may want the interpreter's lock while it is being torn down, which
-        # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.
+        # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.  Nor is the process
+        # group after an error, which could wait for ranks that are gone.
         sys.stderr.flush()
         os._exit(status)
     if status:
@@ -72,12 +117,34 @@ def _run(main):
         else:
             time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
         return 2
+    except Stopped as stopped:
+        if rank() == 0:
+            name = signal.Signals(stopped.args[0]).name
+            print(f"stopped by {name}; the same command continues", file=sys.stderr, flush=True)
+        return 128 + stopped.args[0]
     except KeyboardInterrupt:
         if rank() == 0:
             print("stopped", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
+        text = str(error).strip().splitlines() or ["out of memory"]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text[0]:
+            advice = "lower --bsz (training), --eval_bsz (sampling), --bank_size or the size of the network"
+            print(f"error: out of memory on rank {rank()}: {advice} ({text[0]})", file=sys.stderr, flush=True)
+            return 2
+        if "RANK" not in os.environ:
+            raise
+        if "gloo" in text[0]:
+            print(
+                f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text[0]})",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            traceback.print_exc()
         return 1
     return 0
 
@@ -136,10 +203,12 @@ def sum_over_ranks(tensor):
     return total.to(tensor.device)
 
 
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the ranks, in one message."""
+def average_gradients(parameters, votes):
+    """Replace each gradient by its mean over the ranks; returns the sum over the ranks of `votes`, (n,).  In one message."""
     if world_size() == 1:
-        return
+        return votes
     grads = [p.grad for p in parameters]
-    flat = sum_over_ranks(torch.cat([g.flatten() for g in grads])) / world_size()
+    flat = sum_over_ranks(torch.cat([votes.to(grads[0].dtype), *(g.flatten() for g in grads)]))
+    votes, flat = flat[: len(votes)], flat[len(votes) :] / world_size()
     torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+    return votes

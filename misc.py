@@ -38,21 +38,43 @@ def atomic(path, sync=True):
     """A temporary path beside `path` to write to, renamed to it on success and removed on failure.
 
     Whoever looks sees the whole file or none; with `sync`, even after a power cut.  UserError when the disk refuses.
+    A process that is killed here leaves its temporary path: see remove_leftovers().
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if sync:
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
+        if sync and not temporary.is_symlink():
+            sync_to_disk(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another place") from error
+        if sync:
+            sync_to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}; free some space or choose another place") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync_to_disk(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder):
+    """Remove what atomic() left in a folder when its process was killed."""
+    for path in Path(folder).glob(".*.tmp"):
+        if re.search(r"\.\d+\.tmp$", path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def check_writable(path):
@@ -523,11 +545,31 @@ def build_model(config):
     return network.Denoiser(unet, sigma_data, M)
 
 
-def save_checkpoint(workdir, model, ema, optim, step, config, mean):
+def checkpoints(workdir):
+    """The paths of a folder's checkpoints, by step."""
+    found = ((re.fullmatch(r"DDPMpp-(\d+)\.pth", path.name), path) for path in Path(workdir).glob("DDPMpp-*.pth"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def latest_checkpoint(workdir):
+    """What {workdir}/latest.pth points to; where that is missing, the last checkpoint; None without a checkpoint.
+
+    It is missing when the first checkpoint's process was killed before pointing to it, or lost in copying.
+    """
+    pointer = Path(workdir) / "latest.pth"
+    if pointer.is_symlink():
+        return pointer.with_name(os.readlink(pointer))
+    return (checkpoints(workdir) or [None])[-1]
+
+
+def save_checkpoint(workdir, model, ema, optim, step, config, mean, run, keep=0):
     """{workdir}/DDPMpp-{step}.pth, atomically; returns the path.
 
     Every random number of training is drawn from a generator seeded by (seed, purpose, step, round, rank), so the random
-    state is the seed and the step.
+    state is the seed and the step.  `run` is a dict of what else a run needs to continue.
+
+    Then latest.pth is pointed to it, and of the checkpoints the last `keep` are kept, all if 0.  In this order, each waiting
+    for the disk, so that latest.pth never points to what is not there, or not whole.
     """
     path = Path(workdir) / f"DDPMpp-{step:06d}.pth"
     content = {
@@ -538,10 +580,17 @@ def save_checkpoint(workdir, model, ema, optim, step, config, mean):
         "config": defaults.to_dict(config),
         "mean": mean,
         "random": {"seed": config.train.seed, "step": step},
+        "run": run,
         "format": FORMAT,
     }
     with atomic(path) as temporary, open(temporary, "wb") as file:  # given a name, torch would write it into the file
         torch.save(content, file)
+    with atomic(path.with_name("latest.pth")) as temporary:
+        os.symlink(path.name, temporary)
+    if keep:
+        for old in checkpoints(workdir)[:-keep]:
+            with suppress(OSError):  # somebody else removed it
+                old.unlink()
     return path
 
 
@@ -581,6 +630,18 @@ def load_weights(net, state, path):
     net.load_state_dict(state)
 
 
+def load_optimizer(optim, state, path):
+    """load_state_dict of an optimizer, of one state for each parameter; UserError if they are those of another network."""
+    try:
+        optim.load_state_dict(state)
+        (parameters,) = (group["params"] for group in optim.param_groups)
+        fits = all(v.shape == p.shape for p in parameters for k, v in optim.state.get(p, {}).items() if k != "step")
+    except Exception as error:  # whatever another dict runs into
+        raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
+    if not fits:
+        raise UserError(f"{path} does not hold the optimizer of this run: it is that of another network")
+
+
 @dataclasses.dataclass
 class Trained:
     """A model ready to sample from: moving-average weights, evaluation mode, no gradients."""
@@ -605,16 +666,19 @@ class Trained:
         }
 
 
-def override(config, flags, path):
+def override(config, flags, path, sections=("task", "data", "network"), free=()):
     """The configuration of the checkpoint `path` with explicit flags over it.
 
-    UserError for what shaped the weights (mode, data, network) and cannot be another.
+    UserError with the list of the flags that differ in these sections: by default in what shaped the weights and cannot be
+    another.  Flags in `free`, or of where and how the data is read, may always differ.
     """
-    free = ("data_path", "num_workers", "dropout", "label_dropout")
-    for name in ("task", "data", "network"):
-        for key, value in vars(getattr(config, name)).items():
-            if key not in free and flags.get(key, value) != value:
-                raise UserError(f"--{key} is {flags[key]}, but {path} was made with {value}: leave it out")
+    free = ("data_path", "num_workers", *(free or ("dropout", "label_dropout")))
+    settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
+    different = [
+        f"--{key} is {flags[key]} and was {value}" for key, value in settings.items() if flags.get(key, value) != value
+    ]
+    if different:
+        raise UserError(f"{path} was made with other settings: {'; '.join(different)}: leave them out, or begin a new run")
     return defaults.resolve(flags, config)
 
 

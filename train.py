@@ -6,9 +6,14 @@ torchrun --nproc_per_node=4 train.py --data_name cifar --mode denoiser --bsz 256
 """
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
+import shutil
+import signal
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +25,7 @@ import misc
 import network
 import sde
 from defaults import setting
-from dist_util import UserError
+from dist_util import LoneError, Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,12 @@ class Run:
 
     workdir: str | None = setting(None, "folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
     teacher: str | None = setting(None, "checkpoint of the denoiser to distil (mode characteristic)")
-    resume: str | None = setting(None, "checkpoint to continue from")
+    resume: str | None = setting(
+        None, "checkpoint that a new --workdir begins from; a --workdir that holds a run is continued without it"
+    )
+    fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force, which removes it")
+    force: bool = setting(False, "see --fresh")
+    keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
     ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
     inception_weights: str | None = setting(
         None,
@@ -230,10 +240,11 @@ def learning_rate(step, train):
     return train.lr * warmup * decay
 
 
-def accumulate(model, objective, draw, rounds):
-    """Gradients of the mean of the objective over rounds and ranks, left in .grad; returns the means over rounds of its logs.
+def accumulate(model, objective, draw, rounds, asked_to_stop=False):
+    """Gradients of the mean of the objective over rounds and ranks, left in .grad.
 
-    draw(r) gives the objective's arguments for round r of `rounds`.
+    draw(r) gives the objective's arguments for round r of `rounds`.  Returns the means over rounds of the objective's logs,
+    whether any rank was asked to stop, and whether the loss was finite on all of them.
     """
     totals = {}
     for r in range(rounds):
@@ -241,70 +252,223 @@ def accumulate(model, objective, draw, rounds):
         (loss / rounds).backward()
         for name, value in logs.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / rounds
-    dist_util.average_gradients(list(model.parameters()))
-    return totals
+    bad = ~torch.isfinite(totals["loss"])
+    votes = torch.stack([torch.full_like(totals["loss"], float(asked_to_stop)), bad.to(totals["loss"].dtype)])
+    stopping, bad = dist_util.average_gradients(list(model.parameters()), votes).tolist()
+    return totals, bool(stopping), not bad
+
+
+class Window:
+    """Sums, in float64, of what the steps since the last line of metrics.jsonl logged, on this rank."""
+
+    def __init__(self, device):
+        self.device, self.sums, self.steps, self.skipped = device, {}, 0, 0
+
+    def add(self, logs):
+        self.steps += 1
+        for name, value in logs.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+
+    def means(self):
+        """{name: mean over steps and ranks}, and how many steps were skipped if any; all ranks call this together."""
+        names, found = sorted(self.sums), {}
+        if names:
+            sums = torch.stack([self.sums[name] for name in names])
+            means = dist_util.sum_over_ranks(sums) / dist_util.world_size() / self.steps
+            found = dict(zip(names, means.tolist()))
+        return {**found, **({"skipped": self.skipped} if self.skipped else {})}
+
+    def content(self):
+        """What a checkpoint holds of it; all ranks call this together."""
+        sums = dist_util.gather({name: value.item() for name, value in self.sums.items()})
+        return {"steps": self.steps, "skipped": self.skipped, "sums": sums}
+
+    def restore(self, content):
+        """The inverse; where the number of ranks is another, each takes the mean."""
+        ranks = content["sums"]
+        if len(ranks) == dist_util.world_size():
+            mine = ranks[dist_util.rank()]
+        else:
+            mine = {name: sum(sums[name] for sums in ranks) / len(ranks) for name in ranks[0]}
+        self.sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in mine.items()}
+        self.steps, self.skipped = content["steps"], content["skipped"]
+
+
+class Stopwatch:
+    """Images per second since it was made, of `steps` steps of so many images."""
+
+    def __init__(self, images):
+        self.images, self.steps, self.begun = images, 0, time.perf_counter()
+
+    def rate(self):
+        return round(self.steps * self.images / (time.perf_counter() - self.begun), 1)
+
+    @contextmanager
+    def paused(self):
+        begun = time.perf_counter()
+        yield
+        self.begun += time.perf_counter() - begun
 
 
 # --------------------------------------------------------------------------------------------------------- the run
 
+SKIPPED_IN_A_ROW = 20  # steps without finite gradients after which a run gives up
+FREE = (  # what may change when the same run continues, since it does not change what the weights become, but for rounding
+    *("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz"),
+)
 
-def configure(run, flags, device):
-    """(configuration, teacher or None, checkpoint to continue from or None), or UserError.
 
-    A run that continues takes its settings from its checkpoint, a student its data and network from its teacher.
+@dataclass
+class Plan:
+    """What is to be trained, where, and from where on."""
+
+    config: defaults.Config
+    workdir: Path
+    teacher: misc.Trained | None
+    saved: dict | None  # content of the checkpoint to continue
+    path: Path | None  # that checkpoint
+    origin: str | None  # SHA-256 of the checkpoint that the run in workdir began from with --resume
+
+    @property
+    def in_place(self):
+        """Whether it continues what is in its own workdir."""
+        return self.path is not None and self.path.parent.resolve() == self.workdir.resolve()
+
+
+def make_plan(run, flags, device):
+    """The Plan of a command, or UserError.
+
+    A run that continues takes its settings from its checkpoint, a student its data and network from its teacher.  Whatever
+    --workdir holds is continued; --resume names what a new --workdir begins from, --fresh begins anew.
     """
+    if run.resume and run.fresh:
+        raise UserError("--resume continues and --fresh begins anew: leave one out")
+    if run.force and not run.fresh:
+        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
+    if run.keep < 0:
+        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
     saved = load_run(run.resume) if run.resume else None
+    mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
+    teacher, inherited = None, {}
+    if mode == "denoiser" and run.teacher:
+        raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
+    if mode == "characteristic":
+        if not run.teacher:
+            raise UserError("--teacher is missing: stage 2, a run that continues too, needs the checkpoint of stage 1")
+        teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
+        if teacher.config.task.mode != "denoiser":
+            raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
+        inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
+    config = misc.override(saved["config"], flags, run.resume) if saved else defaults.resolve({**inherited, **flags})
+    workdir = Path(run.workdir or f"logs/{config.data.data_name}-{mode}")
+    path, origin = (Path(run.resume), misc.file_hash(run.resume)) if saved else (None, None)
+
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file: choose a folder")
+    latest = misc.latest_checkpoint(workdir)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # the same command, after a rank died
+    if latest and run.fresh and not restarted:
+        if not run.force:
+            raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
+    elif latest:
+        if saved and not restarted and path.resolve() != latest.resolve():
+            if path.parent.resolve() == workdir.resolve():
+                raise UserError(f"--workdir {workdir} has gone beyond {path}: choose another folder to go back to it")
+            if load_run(latest)["run"]["origin"] != origin:
+                raise UserError(f"--workdir {workdir} holds a run that did not begin from {path}: choose another folder")
+            misc.log(f"{workdir} holds the run that began from {path}, and continues")
+        path, saved = latest, load_run(latest)
+        config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
+        origin = saved["run"]["origin"]
+        if teacher and saved["run"]["teacher"] != misc.file_hash(run.teacher):
+            raise UserError(f"{run.teacher} is not the teacher of the run in {workdir}: name that one, or another --workdir")
+    plan = Plan(config, workdir, teacher, saved, path, origin)
     if saved:
-        config = misc.override(defaults.from_dict(saved["config"]), flags, run.resume)
-        if saved["step"] >= config.train.train_steps:
-            raise UserError(f"{run.resume} is at step {saved['step']} already: to train longer, raise --train_steps")
-    mode = config.task.mode if saved else flags.get("mode", "denoiser")
-    if mode == "denoiser":
-        if run.teacher:
-            raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
-        return config if saved else defaults.resolve(flags), None, saved
-    if not run.teacher:
-        raise UserError("--teacher is missing: stage 2, a run that continues too, needs the checkpoint of stage 1")
-    teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
-    if teacher.config.task.mode != "denoiser":
-        raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
-    if not saved:
-        config = defaults.resolve({**vars(teacher.config.data), **vars(teacher.config.network), **flags})
-    elif (config.network, config.data) != (teacher.config.network, teacher.config.data):
-        raise UserError(f"{run.teacher} is not the teacher of {run.resume}: their data or networks differ")
-    return config, teacher, saved
+        step, last = saved["step"], config.train.train_steps
+        if step > last or step == last and not plan.in_place:
+            raise UserError(f"{path} is at step {step} already: to train longer, raise --train_steps")
+        if teacher and (config.network, config.data) != (teacher.config.network, teacher.config.data):
+            raise UserError(f"{run.teacher} is not the teacher of {path}: their data or networks differ")
+    return plan
 
 
 def load_run(path):
-    """The dict of a checkpoint that train.py wrote."""
+    """The dict of a checkpoint that train.py wrote, its configuration as a Config."""
     saved = misc.load_checkpoint(path)
-    if not {"config", "optim", "step", "mean"} <= saved.keys():
-        raise UserError(f"{path} holds no run to continue: it was not written by train.py")
-    return saved
+    if not {"config", "optim", "step", "mean", "run"} <= saved.keys():
+        raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
+    return {**saved, "config": defaults.from_dict(saved["config"])}
 
 
-def check_workdir(workdir, resuming):
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file: choose a folder")
-    if not resuming and any(workdir.glob("DDPMpp-*.pth")):
+def fit_to_ranks(config, flags, saved):
+    """The configuration with a --bsz that suits the ranks: a run that continues on others may need another; or UserError.
+
+    Says what is no longer as it would have been.
+    """
+    train, world = config.train, dist_util.world_size()
+    share, rest = divmod(train.global_bsz, world)
+    if saved and "bsz" not in flags and not rest and share % train.bsz:
+        config = defaults.resolve({"bsz": next(n for n in range(train.bsz, 0, -1) if share % n == 0)}, config)
+    elif train.global_bsz % (train.bsz * world):
+        fitting = f"; try --bsz {share}" if rest == 0 else ""
         raise UserError(
-            f"--workdir {workdir} already holds a run: continue it with --resume CHECKPOINT, or choose another folder"
+            f"--global_bsz is {train.global_bsz}: it must be a multiple of --bsz times the ranks, "
+            f"{train.bsz} x {world}{fitting}"
         )
+    if saved and train.lr_decay == "cosine" and saved["config"].train.train_steps != train.train_steps:
+        misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
+    if saved and (saved["run"]["ranks"], saved["run"]["bsz"]) != (world, config.train.bsz):
+        misc.log(
+            f"continuing on {world} ranks of {config.train.bsz} what ran on {saved['run']['ranks']} of {saved['run']['bsz']}: "
+            "each step sees the same images, but noise, dropout and stage 2's bank are other draws, so that the weights will "
+            "not be those of a run that went on as it was"
+        )
+    return config
 
 
-def prepare_workdir(workdir, config, start):
-    """Make the folder, save the configuration, and keep of metrics.jsonl what came before step `start`."""
-    misc.write_json(workdir / "config.json", defaults.to_dict(config))
-    metrics = [line for line in read_metrics(workdir) if line["step"] <= start]
+def prepare_workdir(plan, fresh):
+    """Make the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
+
+    Returns a handle that locks the folder for as long as this process lives.
+    """
+    workdir, start = plan.workdir, plan.saved["step"] if plan.saved else 0
+    misc.check_writable(workdir / "config.json")
+    lines = read_metrics(workdir) if plan.in_place else []
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
+    for attempt in range(10, -1, -1):
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if not attempt:
+                raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
+            time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
+        except OSError:  # a file system without locks
+            break
+    for folder in (workdir, workdir / "samples"):
+        misc.remove_leftovers(folder)
+    if fresh:
+        for path in (*misc.checkpoints(workdir), *(workdir / name for name in ("latest.pth", "metrics.jsonl", "loss.png"))):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(workdir / "samples", ignore_errors=True)
+    misc.write_json(workdir / "config.json", defaults.to_dict(plan.config))
     with misc.atomic(workdir / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
+    return lock
 
 
 def read_metrics(workdir):
-    """The lines of metrics.jsonl as dicts, without a last one that a kill cut short."""
+    """The lines of metrics.jsonl as dicts, without a last one that a kill cut short; UserError if it is damaged."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [{"step": json.loads(line)["step"], **json.loads(line)} for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: repair it, or move it away") from error
 
 
 def preview(model, config, mean):
@@ -333,6 +497,9 @@ class Score:
         self.extract = misc.load_features(features, device, run.inception_weights, run.download)
         made = misc.metadata_of(self.extract, shape, self.count)
         misc.check_comparable(self.reference, self.extract.dimension(shape), made)
+
+    def is_recorded(self, workdir, step):
+        return any(line["step"] == step and self.name in line for line in read_metrics(workdir))
 
     def __call__(self, trained):
         images = misc.measure(misc.Generated(trained, range(self.count)), self.extract)
@@ -366,19 +533,19 @@ def seed_round(generator, seed, step, r):
 
 
 def train(run, flags, device):
-    config, teacher, saved = dist_util.agree(lambda: configure(run, flags, device))
+    plan = dist_util.agree(lambda: make_plan(run, flags, device))
+    saved, teacher, workdir, in_place = plan.saved, plan.teacher, plan.workdir, plan.in_place
+    start = saved["step"] if saved else 0
+    if len(set(dist_util.gather((str(plan.path), start)))) > 1:
+        raise UserError(f"the ranks see different runs in --workdir {workdir}: put it where all machines see the same files")
+    config = fit_to_ranks(plan.config, flags, saved)
     cfg, rank, world = config.train, dist_util.rank(), dist_util.world_size()
-    if cfg.global_bsz % (cfg.bsz * world):
-        fitting = f"; try --bsz {cfg.global_bsz // world}" if cfg.global_bsz % world == 0 else ""
-        raise UserError(
-            f"--global_bsz is {cfg.global_bsz}: it must be a multiple of --bsz times the ranks, {cfg.bsz} x {world}{fitting}"
-        )
     rounds = cfg.global_bsz // (cfg.bsz * world)
-    workdir = Path(run.workdir or f"logs/{config.data.data_name}-{config.task.mode}")
-    dist_util.on_first_rank(lambda: check_workdir(workdir, saved))
     torch.manual_seed(cfg.seed)
     model = misc.build_model(config).to(device).train()
     dataset = dist_util.agree(lambda: misc.load_data(config.data))
+    if saved and saved["run"]["images"] != len(dataset):
+        raise UserError(f"the data has {len(dataset)} images, and had {saved['run']['images']} in {plan.path}: give it those")
     classes = int(dataset.labels.max()) + 1
     if config.network.label_dim and config.network.label_dim < classes:
         raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
@@ -400,16 +567,20 @@ def train(run, flags, device):
         network.start_from_teacher(model.net, teacher.model.net)
     ema = misc.EMA(model, cfg.ema_decay)
     optim = torch.optim.RAdam(model.parameters(), lr=cfg.lr)
-    start = 0
+    window, skipped, in_a_row = Window(device), 0, 0
     if saved:
-        misc.load_weights(model.net, saved["model"], run.resume)
-        misc.load_weights(ema.module.net, saved["ema"], run.resume)
-        optim.load_state_dict(saved["optim"])
-        start = saved["step"]
-        misc.log(f"continuing {run.resume} at step {start} of {cfg.train_steps}")
-    dist_util.on_first_rank(lambda: prepare_workdir(workdir, config, start))
+        misc.load_weights(model.net, saved["model"], plan.path)
+        misc.load_weights(ema.module.net, saved["ema"], plan.path)
+        misc.load_optimizer(optim, saved["optim"], plan.path)
+        window.restore(saved["run"]["window"])
+        skipped, in_a_row = saved["run"]["skipped"], saved["run"]["skipped_in_a_row"]
+        misc.log(f"continuing {plan.path} at step {start} of {cfg.train_steps}")
+    plan = dataclasses.replace(plan, config=config)
+    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, run.fresh and not saved))  # noqa: F841 (held until the end)
 
-    if not teacher:
+    if start == cfg.train_steps:
+        objective = None
+    elif not teacher:
         objective = Denoising(model, config)
     elif config.distil.objective == "trajectory":
         objective = Trajectory(model, config, teacher, distance, device, start)
@@ -418,59 +589,100 @@ def train(run, flags, device):
     data = misc.batches(dataset, config.data, cfg, start)
     parameters = list(model.parameters())
     generator = torch.Generator(device)
-    sums, since, shown, clock = {}, 0, {}, time.perf_counter()
+    shown, last_saved = {}, start if in_place else None
 
     def record(line):
         if rank == 0:
-            with open(workdir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(workdir / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
+
+    def save(done):
+        nonlocal last_saved
+        if done != last_saved:
+            kept = {"ranks": world, "bsz": cfg.bsz, "images": len(dataset), "origin": plan.origin, "skipped": skipped}
+            kept |= {"skipped_in_a_row": in_a_row, "teacher": misc.file_hash(run.teacher) if teacher else None}
+            kept["window"] = window.content()
+            state = (model, ema, optim, done, config, mean.cpu(), kept)
+            dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, *state, run.keep))
+            last_saved = done
 
     def draw_round(step, r):
+        images, labels = next(data)  # before seeding, since a loader that starts its workers draws a number itself
         seed_round(generator, cfg.seed, step, r)
-        images, labels = next(data)
         x0 = misc.to_model(images.to(device, non_blocking=True), config.data.centered)
         return x0, misc.one_hot(labels.to(device), config.network.label_dim), generator
 
-    with misc.progress(cfg.train_steps * cfg.global_bsz, config.task.mode, initial=start * cfg.global_bsz) as bar:
+    def due(done, freq):
+        return freq and done and (done % freq == 0 or done == cfg.train_steps)
+
+    def draw_and_score(done):
+        """What follows some steps; after a run was stopped here, what is missing of it."""
+        if due(done, cfg.sampling_freq):
+            picture = workdir / "samples" / f"{done:06d}.png"
+            fresh = done > start or not picture.exists()
+            dist_util.on_first_rank(lambda: fresh and draw_samples(picture, preview(ema.module, config, mean)))
+        if score and due(done, cfg.fid_freq) and (done > start or not dist_util.gather(score.is_recorded(workdir, done))[0]):
+            save(done)
+            with stop.at_once():
+                value = score(preview(ema.module, config, mean))
+            if rank == 0:
+                record({"step": done, score.name: value, "images": cfg.fid_num})
+                shown[score.name] = f"{value:.4f}"
+                bar.set_postfix(shown)
+
+    images = cfg.train_steps * cfg.global_bsz
+    with dist_util.StopSignals() as stop, misc.progress(images, config.task.mode, initial=start * cfg.global_bsz) as bar:
+        if in_place:
+            draw_and_score(start)
+        clock = Stopwatch(cfg.global_bsz)
         for step in range(start, cfg.train_steps):
             if teacher:
                 objective.start_step(step)
             optim.zero_grad(set_to_none=True)
-            logs = accumulate(model, objective, lambda r: draw_round(step, r), rounds)
+            logs, stopping, finite = accumulate(
+                model, objective, lambda r: draw_round(step, r), rounds, stop.received is not None
+            )
             logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for group in optim.param_groups:
-                group["lr"] = learning_rate(step, cfg)
-            optim.step()
-            ema.update(model, step)
+            if finite and math.isfinite(logs["grad_norm"]):
+                for group in optim.param_groups:
+                    group["lr"] = learning_rate(step, cfg)
+                optim.step()
+                ema.update(model, step)
+                window.add(logs)
+                in_a_row = 0
+            else:  # equally on all ranks, whose gradients are the same
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                shown["skipped"] = skipped
+                window.skipped += 1
+                if in_a_row == SKIPPED_IN_A_ROW:
+                    held = misc.latest_checkpoint(workdir)
+                    raise UserError(
+                        f"no finite loss or gradient in {in_a_row} steps, up to step {step + 1}: lower --lr, or look at the "
+                        f"data; the last good checkpoint is {held or 'none'}"
+                    )
 
             done = step + 1
-            since += 1
-            for name, value in logs.items():
-                sums[name] = sums.get(name, 0.0) + value
             bar.update(cfg.global_bsz)
+            clock.steps += 1
             if done % cfg.log_freq == 0 or done == cfg.train_steps:
-                names = sorted(sums)
-                values = dist_util.sum_over_ranks(torch.stack([sums[n].double().to(device) for n in names])) / world / since
-                line = {"step": done, **dict(zip(names, values.tolist())), "lr": learning_rate(step, cfg)}
-                seconds = time.perf_counter() - clock
-                line["images_per_s"] = round(since * cfg.global_bsz / seconds, 1)
+                line = {"step": done, **window.means(), "lr": learning_rate(step, cfg), "images_per_s": clock.rate()}
                 record(line)
-                shown["loss"] = f"{line['loss']:.4g}"
+                if "loss" in line:
+                    shown["loss"] = f"{line['loss']:.4g}"
                 bar.set_postfix(shown)
-                sums, since, clock = {}, 0, time.perf_counter()
-            last, paused = done == cfg.train_steps, time.perf_counter()
-            if cfg.sampling_freq and (done % cfg.sampling_freq == 0 or last):
-                picture = workdir / "samples" / f"{done:06d}.png"
-                dist_util.on_first_rank(lambda: draw_samples(picture, preview(ema.module, config, mean)))
-            if score and (done % cfg.fid_freq == 0 or last):
-                value = score(preview(ema.module, config, mean))
-                if rank == 0:
-                    record({"step": done, score.name: value, "images": cfg.fid_num})
-                    shown[score.name] = f"{value:.4f}"
-                    bar.set_postfix(shown)
-            if done % cfg.dump_freq == 0 or last:
-                dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, model, ema, optim, done, config, mean.cpu()))
-            clock += time.perf_counter() - paused  # images/s is that of training
+                window, clock = Window(device), Stopwatch(cfg.global_bsz)
+            with clock.paused():  # images/s is that of training
+                if stopping:
+                    save(done)
+                    raise Stopped(stop.received or signal.SIGTERM)
+                if due(done, cfg.dump_freq):
+                    save(done)
+                draw_and_score(done)
+                if done == cfg.train_steps:
+                    save(done)
     if rank == 0:
         print(workdir / f"DDPMpp-{cfg.train_steps:06d}.pth", flush=True)
         draw_loss_curve(workdir)

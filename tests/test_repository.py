@@ -290,7 +290,9 @@ def test_wrong_checkpoints_are_refused_by_name(trained, tmp_path):
     assert "--mode is denoiser" in mistake("eval.py", "--mode", "denoiser", "--checkpoint", flow, "--workdir", out)
     assert "--model_channels is 64" in mistake("eval.py", "--model_channels", "64", "--checkpoint", ode, "--workdir", out)
     assert "--sde is True" in mistake("eval.py", "--sde", "--checkpoint", flow, "--workdir", out)
-    assert "already holds a run" in mistake("train.py", "--workdir", trained["folders"][0])
+    assert "--model_channels is 16 and was 8; --lr" in mistake(
+        *("train.py", "--workdir", trained["folders"][0], "--model_channels", "16", "--lr", "1")
+    )
     assert not out.exists()
 
 

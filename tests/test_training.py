@@ -200,13 +200,13 @@ def test_both_stages_run_under_torchrun_and_leave_everything(trained):
         config = defaults.from_dict(json.loads((folder / "config.json").read_text()))
         assert config.network.model_channels == 8 and config.train.global_bsz == 16
         names = {path.name for path in folder.iterdir()}
-        assert names == {"metrics.jsonl", "samples", "loss.png", "config.json", "DDPMpp-000003.pth"}
+        assert names == {"metrics.jsonl", "samples", "loss.png", "config.json", "DDPMpp-000003.pth", "latest.pth", ".lock"}
     assert "model_channels=8" in trained["outputs"][0].stderr
 
 
 def test_checkpoint_holds_what_the_format_says(trained):
     content = torch.load(trained["denoiser"], weights_only=True)
-    assert set(content) == {"model", "ema", "optim", "step", "config", "mean", "random", "format"}
+    assert set(content) == {"model", "ema", "optim", "step", "config", "mean", "random", "run", "format"}
     assert content["step"] == 3 and content["mean"].shape == (1, 8, 8)
     assert not torch.equal(content["model"]["dec.8x8_aux_conv.bias"], content["ema"]["dec.8x8_aux_conv.bias"])
 
@@ -219,7 +219,7 @@ def test_equal_runs_write_equal_files(tmp_path):
         torch.manual_seed(0)
         model = misc.build_model(config)
         optim = torch.optim.RAdam(model.parameters())
-        path = misc.save_checkpoint(tmp_path / folder, model, misc.EMA(model, 0.9), optim, 1, config, torch.zeros(1, 8, 8))
+        path = misc.save_checkpoint(tmp_path / folder, model, misc.EMA(model, 0.9), optim, 1, config, torch.zeros(1, 8, 8), {})
         assert f".pth.{os.getpid()}".encode() not in path.read_bytes()  # torch.save keeps the name of a path it is given
         hashes.add(misc.file_hash(path))
     assert len(hashes) == 1
@@ -237,14 +237,22 @@ def test_ranks_rounds_and_steps_draw_different_noise_and_the_same_again(monkeypa
     assert torch.equal(draw(1, 0, 0), draws[1])
 
 
-def test_resume_continues_weights_optimizer_average_and_step(tmp_path):
+def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
+    """To the same weights, optimizer and average; and the same command again goes on there."""
     shared = ["train.py", "--mode", "denoiser", *TINY_NETWORK, *TINY_RUN]
     run(*shared, "--workdir", tmp_path / "whole", "--dump_freq", "2")
-    run(*shared, "--workdir", tmp_path / "rest", "--resume", tmp_path / "whole" / "DDPMpp-000002.pth")
-    a, b = (torch.load(tmp_path / d / "DDPMpp-000003.pth", weights_only=True) for d in ("whole", "rest"))
+    resume = [*shared, "--workdir", tmp_path / "rest", "--resume", tmp_path / "whole" / "DDPMpp-000002.pth"]
+    run(*resume)
+    a, b = (misc.load_checkpoint(tmp_path / d / "DDPMpp-000003.pth") for d in ("whole", "rest"))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert all(torch.equal(a["optim"]["state"][i]["exp_avg"], b["optim"]["state"][i]["exp_avg"]) for i in a["optim"]["state"])
+    again = run(*resume, "--train_steps", "4")
+    assert "holds the run that began from" in again.stderr and (tmp_path / "rest" / "DDPMpp-000004.pth").exists()
+    other = [*resume[:-1], tmp_path / "whole" / "DDPMpp-000003.pth", "--train_steps", "9"]
+    assert "did not begin from" in run(*other, expect=2).stderr
+    back = [*resume[:-3], tmp_path / "whole", *resume[-2:]]
+    assert "has gone beyond" in run(*back, expect=2).stderr
 
 
 def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
