@@ -4,9 +4,10 @@
   torchrun --nproc_per_node=4 eval.py --mode characteristic --checkpoint CKPT --workdir OUT --end_seed 49999 --num_steps 1
 
 An image depends on its seed alone, not on the number of ranks or the batch size.  {workdir}/eval.json records how the
-images were made.
+images were made.  The same command again makes those that are missing.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,21 +29,40 @@ class Run:
 
 
 def prepare(workdir, trained, run):
-    """Make the folder and write eval.json; UserError if there is anything in it already."""
+    """Make the folder and write eval.json; UserError if there is anything in it but images made in the same way."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file: choose a folder")
-    if workdir.exists() and any(workdir.iterdir()):
+    record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
+    misc.check_writable(path)
+    if workdir.exists():
+        misc.remove_leftovers(workdir)
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            different = [key for key in record if key != "checkpoint" and found[key] != record[key]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
+        if different:
+            raise UserError(f"--workdir {workdir} holds images made with other {', '.join(different)}: choose another folder")
+    elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"--workdir {workdir} is not empty: choose another folder, so that sets of images do not mix")
-    misc.write_json(workdir / "eval.json", trained.record(range(run.start_seed, run.end_seed + 1)))
+    misc.write_json(path, record)
+
+
+def missing(workdir, seeds, size):
+    """The batches of `size` of these seeds of which an image is missing, in one list, and the set of the missing seeds.
+
+    Whole batches, so that images have the rounding that they would have had without an interruption.
+    """
+    lost = {seed for seed in seeds if not (workdir / f"{seed:06d}.png").exists()}
+    batches = (seeds[i : i + size] for i in range(0, len(seeds), size))
+    return [seed for batch in batches if not lost.isdisjoint(batch) for seed in batch], lost
 
 
 def main():
     run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__)
     defaults.required(run, "checkpoint", "workdir")
-    if not 0 <= run.start_seed <= run.end_seed:
-        raise UserError(
-            f"--start_seed {run.start_seed} --end_seed {run.end_seed}: seeds run from 0, start to end, both included"
-        )
+    misc.check_seeds(run.start_seed, run.end_seed)
     with dist_util.session() as device:
         trained = dist_util.agree(lambda: misc.load_model(run.checkpoint, flags, device))
         workdir = Path(run.workdir)
@@ -50,9 +70,13 @@ def main():
         seeds = range(run.start_seed + dist_util.rank(), run.end_seed + 1, dist_util.world_size())
 
         def write():
-            for batch, images in misc.generate(trained, seeds):
+            again, lost = missing(workdir, seeds, trained.config.sampling.eval_bsz)
+            if len(lost) < len(seeds):
+                misc.log(f"{workdir} holds {len(seeds) - len(lost)} of {len(seeds)} images of this rank already")
+            for batch, images in misc.generate(trained, again):
                 for seed, image in zip(batch, images):
-                    misc.write_png(workdir / f"{seed:06d}.png", image)
+                    if seed in lost:
+                        misc.write_png(workdir / f"{seed:06d}.png", image)
 
         dist_util.agree(write)
         if dist_util.rank() == 0:

@@ -271,10 +271,8 @@ def check(run, flags):
         given = [f.name for f in fields(defaults.Data) if f.name in flags and f.name not in ("data_name", "num_workers")]
         if given and run.mode != "ref":
             raise UserError(f"--{given[0]} is for --mode ref: images are scored as they are; leave it out")
-    elif not 0 <= run.start_seed <= run.end_seed:
-        raise UserError(
-            f"--start_seed {run.start_seed} --end_seed {run.end_seed}: seeds run from 0, start to end, both included"
-        )
+    else:
+        misc.check_seeds(run.start_seed, run.end_seed)
     if run.stat_path and (run.num is not None or run.features != "auto"):
         raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
     if run.num is not None and run.num < 2:

@@ -714,6 +714,14 @@ def load_model(path, flags, device):
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
+def check_seeds(start, end):
+    """UserError unless start ... end are seeds of images."""
+    if not 0 <= start <= end:
+        raise UserError(f"--start_seed {start} --end_seed {end}: seeds run from 0, start to end, both included")
+    if end - start >= 2**31 or end >= 2**63:
+        raise UserError(f"--start_seed {start} --end_seed {end}: at most 2147483648 seeds, each below 2^63")
+
+
 class SeedNoise:
     """Standard normals (B, *shape), image i from a generator of its own, seeded with seeds[i].
 
