@@ -1,16 +1,21 @@
 """Runs that are killed, stopped, moved, starved of disk or fed with NaN, and go on."""
 
+import errno
 import json
+import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
+import dist_util
 import misc
 import train
 from conftest import ROOT, TINY_NETWORK
@@ -269,3 +274,218 @@ def test_two_agents_train_as_one_with_two_processes(tmp_path, teacher, two_machi
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert Job(tmp_path / "log", *arguments, "--workdir", tmp_path / "one", ranks=2).wait() == [0, 0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+# ------------------------------------------------------------------------------------------- ranks that fail or hang
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_leave_when_a_rank_is_killed(tmp_path, victim):
+    """Without anybody who would end them, and soon."""
+    job = Job(tmp_path / "log", "train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run", ranks=2)
+    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
+    job.signal(signal.SIGKILL, [victim])
+    statuses = job.wait(20)
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1
+    assert f"rank {1 - victim} leaves: it lost another rank" in job.err() and "Traceback" not in job.err()
+
+
+def test_no_rank_waits_longer_than_the_timeout_for_one_that_stands_still(tmp_path):
+    limit = {"DIST_TIMEOUT": "4"}
+    arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
+    job = Job(tmp_path / "log", *arguments, ranks=2, environment=limit)
+    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
+    job.signal(signal.SIGSTOP, [1])
+    job.processes[0].join(20)
+    assert job.processes[0].exitcode == 1 and "waited too long" in job.err()
+    job.signal(signal.SIGKILL, [1])
+    job.wait(5)
+
+
+# ------------------------------------------------------------------------------------------------------ full disks
+
+
+def limit_files(size):
+    """From now on no file of this process grows beyond `size` bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(tmp_path, ranks):
+    run = [*STAGE_1, "--workdir", tmp_path / "run"]
+    assert Job(tmp_path / "first", *run, fault=("step", 8), ranks=ranks).wait()[0] == -signal.SIGKILL
+    job = Job(tmp_path / "full", *run, ranks=ranks, prepare=partial(limit_files, 200_000))
+    assert job.wait() == [2] * ranks
+    errors = [line for line in job.err().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "DDPMpp-000009.pth: File too large; free some space" in errors[0], job.err()
+    assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth" and "Traceback" not in job.err()
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    for name in ("run", "whole"):
+        assert Job(tmp_path / f"log.{name}", *STAGE_1, "--workdir", tmp_path / name, ranks=ranks).wait() == [0] * ranks
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def fill_disk_for_metrics():
+    def full(path, mode="r"):
+        if mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, mode)
+
+    train.open = full
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metrics_that_cannot_be_written_end_the_run_with_one_line(tmp_path, ranks):
+    job = Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "run", ranks=ranks, prepare=fill_disk_for_metrics)
+    assert job.wait()[0] == 2 and job.err().count("error: cannot write") == 1 and "Traceback" not in job.err()
+    assert "metrics.jsonl: No space left on device; free some space" in job.err()
+    assert Job(tmp_path / "again", *STAGE_1, "--workdir", tmp_path / "run", ranks=ranks).wait() == [0] * ranks
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [5, 10, 12]
+
+
+# ------------------------------------------------------------------------------------------- losses that are not finite
+
+
+class Poisoned:
+    """An objective whose loss is NaN, or infinite, or its gradient, at some steps."""
+
+    def __init__(self, real, steps, how):
+        self.real, self.steps, self.how, self.step = real, steps, how, -1
+
+    def __call__(self, x0, label, generator):
+        loss, logs = self.real(x0, label, generator)
+        self.step += 1
+        if self.step in self.steps and dist_util.rank() == dist_util.world_size() - 1:
+            loss = loss * float("nan") if self.how == "loss" else loss + 1e30 * (1e30 * loss)
+            logs = {**logs, "loss": loss} if self.how == "loss" else logs
+        return loss, logs
+
+
+def poison(steps, how):
+    real = train.Denoising
+    train.Denoising = lambda model, config: Poisoned(real(model, config), steps, how)
+
+
+@pytest.mark.parametrize(("how", "ranks"), [("loss", 1), ("gradient", 1), ("loss", 2)])
+def test_steps_without_finite_gradients_are_skipped_and_counted(tmp_path, how, ranks):
+    """Also if they are those of the last rank alone."""
+    rounds = ["--bsz", str(8 // ranks)]  # one round a step, so that calls are steps
+    job = Job(
+        tmp_path / "log", *STAGE_1, *rounds, "--workdir", tmp_path / "run", ranks=ranks, prepare=partial(poison, {3, 6}, how)
+    )
+    assert job.wait() == [0] * ranks, job.err()
+    saved = misc.load_checkpoint(tmp_path / "run" / "DDPMpp-000012.pth")
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in saved[part].values())
+    assert saved["run"]["skipped"] == 2 and saved["optim"]["state"][0]["step"] == 10
+    lines = metrics(tmp_path / "run")
+    assert [line.get("skipped") for line in lines] == [1, 1, None]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_checkpoint(tmp_path):
+    length = ["--train_steps", "100"]
+    bad = set(range(7, 100))
+    job = Job(
+        tmp_path / "log", *STAGE_1, *length, "--bsz", "8", "--workdir", tmp_path / "run", prepare=partial(poison, bad, "loss")
+    )
+    assert job.wait() == [2] and "no finite loss or gradient in 20 steps, up to step 27: lower --lr" in job.err(), job.err()
+    latest = misc.latest_checkpoint(tmp_path / "run")
+    assert f"the last good checkpoint is {latest}" in job.err()
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in misc.load_checkpoint(latest)[part].values())
+    # What it holds counts on: the same command does not try 20 steps more each time.
+    again = Job(
+        tmp_path / "again",
+        *STAGE_1,
+        *length,
+        "--bsz",
+        "8",
+        "--workdir",
+        tmp_path / "run",
+        prepare=partial(poison, set(range(100)), "loss"),
+    )
+    assert again.wait() == [2] and "in 20 steps, up to step 27" in again.err()
+
+
+# ------------------------------------------------------------------------------------------------- what continues what
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_says_where_it_is(tmp_path):
+    outputs = []
+    for name in ("first", "again"):
+        job = Job(tmp_path / name, *STAGE_1, "--workdir", tmp_path / "run")
+        assert job.wait() == [0]
+        outputs.append((job.out(), (tmp_path / "run" / "metrics.jsonl").read_bytes()))
+    assert outputs[0] == outputs[1] and outputs[0][0].endswith("DDPMpp-000012.pth\n")
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    assert Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "run").wait() == [0]
+    names = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
+    assert names == ["DDPMpp-000009.pth", "DDPMpp-000012.pth", "latest.pth"]
+    assert Job(tmp_path / "log", *STAGE_1, "--keep", "0", "--workdir", tmp_path / "all").wait() == [0]
+    assert len(misc.checkpoints(tmp_path / "all")) == 4
+
+
+def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path):
+    shared = [*STAGE_1, "--workdir", tmp_path / "run", "--fresh"]
+    assert Job(tmp_path / "log", *shared).wait() == [0]
+    job = Job(tmp_path / "refused", *shared, "--seed", "1")
+    assert job.wait() == [2] and "holds a run, which --fresh would overwrite" in job.err()
+    assert Job(tmp_path / "log", *shared, "--seed", "1", "--force").wait() == [0]
+    assert Job(tmp_path / "log", *STAGE_1, "--seed", "1", "--workdir", tmp_path / "other").wait() == [0]
+    assert_same_run(tmp_path / "run", tmp_path / "other")
+
+
+def test_a_workdir_takes_one_run_at_a_time(tmp_path):
+    arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
+    first = Job(tmp_path / "first", *arguments)
+    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
+    second = Job(tmp_path / "second", *arguments)
+    assert second.wait(30) == [2] and "is in use by another run" in second.err()
+    first.signal(signal.SIGTERM)
+    assert first.wait(20) == [143]
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_images_and_says_what_differs(tmp_path):
+    """2 ranks of 4, then 1 of 4; and from 1 rank of 8 to 2, for which 8 does not fit."""
+    for before, after, bsz in ((2, 1, ["--bsz", "4"]), (1, 2, [])):
+        start_with = [part for part in STAGE_1 if part not in ("--bsz", "4")] if not bsz else STAGE_1
+        run = ["--workdir", tmp_path / f"{before}"]
+        first = [*start_with, *run] if bsz else ["train.py", *TINY_NETWORK, *LENGTH, "--global_bsz", "8", "--bsz", "8", *run]
+        assert -signal.SIGKILL in Job(tmp_path / "a", *first, ranks=before, fault=("step", 8)).wait()
+        second = first if bsz else [part for i, part in enumerate(first) if "--bsz" not in first[max(0, i - 1) : i + 1]]
+        job = Job(tmp_path / f"b{before}", *second, ranks=after)
+        assert job.wait() == [0] * after, job.err()
+        assert f"continuing on {after} ranks of 4 what ran on {before} of {4 if bsz else 8}" in job.err()
+        assert misc.load_checkpoint(tmp_path / f"{before}" / "DDPMpp-000012.pth")["config"]["train"]["global_bsz"] == 8
+        assert [line["step"] for line in metrics(tmp_path / f"{before}")] == [5, 10, 12]
+
+
+def test_a_lost_pointer_and_a_damaged_checkpoint(tmp_path):
+    """Copying may lose the link: the last checkpoint is found.  A damaged one is an error, never passed over in silence."""
+    run = [*STAGE_1, "--workdir", tmp_path / "run"]
+    assert Job(tmp_path / "first", *run, fault=("step", 8)).wait() == [-signal.SIGKILL]
+    (tmp_path / "run" / "latest.pth").unlink()
+    assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
+    (tmp_path / "run" / "DDPMpp-000006.pth").write_bytes(b"damaged")
+    job = Job(tmp_path / "second", *run)
+    assert job.wait() == [2] and "DDPMpp-000006.pth is not a checkpoint" in job.err()
+
+
+def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone(tmp_path, teacher):
+    """By the same command: equal to the last bit, since whole batches are drawn again."""
+    command = ["eval.py", "--checkpoint", teacher, "--end_seed", "20", "--eval_bsz", "4", "--num_steps", "3"]
+    for ranks in (1, 2):
+        whole, cut = tmp_path / f"whole-{ranks}", tmp_path / f"cut-{ranks}"
+        assert Job(tmp_path / "log", *command, "--workdir", whole, ranks=ranks).wait() == [0] * ranks
+        job = Job(tmp_path / "cut", *command, "--workdir", cut, ranks=ranks, fault=("before rename", 8))
+        assert -signal.SIGKILL in job.wait()
+        done = {path: path.stat().st_mtime_ns for path in cut.glob("[0-9]*.png")}
+        assert 6 <= len(done) < 21 and len(list(cut.glob(".*.tmp"))) == 1
+        assert Job(tmp_path / "again", *command, "--workdir", cut, ranks=ranks).wait() == [0] * ranks
+        assert {path: path.stat().st_mtime_ns for path in done} == done
+        assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+        assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in cut.glob("*.png"))
+    other = Job(tmp_path / "other", *command, "--rho", "2", "--workdir", cut)
+    assert other.wait() == [2] and "holds images made with other config: choose another folder" in other.err()
