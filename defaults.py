@@ -272,32 +272,28 @@ def _fits(value, kind):
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-POSITIVE = (
-    *("image_size", "model_channels", "channel_mult_emb", "num_blocks", "train_steps", "global_bsz", "bsz", "log_freq"),
-    *("dump_freq", "nsampling", "bank_size", "teacher_steps", "num_steps", "eval_bsz"),
-)
-NOT_NEGATIVE = [
-    "num_workers",
-    "label_dim",
-    "lr_rampup_steps",
-    "sampling_freq",
-    "fid_freq",
-    "seed",
-    "bank_refresh_freq",
-    "dsm_weight",
-    "gamma",
-]
-SHARES = ["dropout", "label_dropout", "ema_decay", "dsm_share", "one_step_share", "to_data_share", "s_min", "s_max"]
-INSIDE = ["train_eps0", "train_eps1", "eval_eps0", "eval_eps1"]
-RANGES = {
-    # setting: (test of the value, what it must be)
-    **dict.fromkeys(POSITIVE, (lambda v: 1 <= v < 2**31, "from 1 to 2147483647")),
-    **dict.fromkeys(NOT_NEGATIVE, (lambda v: 0 <= v < 2**31, "from 0 to 2147483647")),
-    **dict.fromkeys(SHARES, (lambda v: 0 <= v <= 1, "from 0 to 1")),
-    **dict.fromkeys(INSIDE, (lambda v: 0 < v < 1, "between 0 and 1")),
-    **dict.fromkeys(["sigma_data", "M", "lr", "rho"], (lambda v: 0 < v < float("inf"), "positive and finite")),
-    "class_idx": (lambda v: -1 <= v < 2**31, "-1 or a class"),
-    "fid_num": (lambda v: 2 <= v < 2**31, "from 2 to 2147483647"),
+# The greatest value is what could be meant: more would be a slip, and would fill the memory or take for ever.
+LIMITS = {
+    # setting: (least, greatest), both allowed
+    **dict.fromkeys(["train_steps", "log_freq", "dump_freq"], (1, 2**31)),
+    **dict.fromkeys(["lr_rampup_steps", "sampling_freq", "fid_freq", "bank_refresh_freq", "seed"], (0, 2**31)),
+    **dict.fromkeys(["global_bsz", "bank_size"], (1, 2**24)),
+    **dict.fromkeys(["bsz", "eval_bsz"], (1, 2**20)),
+    **dict.fromkeys(["model_channels", "nsampling", "num_steps", "teacher_steps"], (1, 2**16)),
+    **dict.fromkeys(["channel_mult_emb", "num_blocks"], (1, 1024)),
+    **dict.fromkeys(["dropout", "label_dropout", "ema_decay", "dsm_share", "one_step_share", "to_data_share"], (0, 1)),
+    **dict.fromkeys(["s_min", "s_max"], (0, 1)),
+    **dict.fromkeys(["dsm_weight", "gamma"], (0, 10**6)),
+    "image_size": (1, 4096),
+    "num_workers": (0, 1024),
+    "label_dim": (0, 2**20),
+    "class_idx": (-1, 2**20),
+    "fid_num": (2, 2**24),
+}
+BETWEEN = {
+    # setting: (low, high), both excluded
+    **dict.fromkeys(["train_eps0", "train_eps1", "eval_eps0", "eval_eps1"], (0, 1)),
+    **dict.fromkeys(["sigma_data", "M", "lr", "rho"], (0, float("inf"))),
 }
 
 
@@ -313,16 +309,20 @@ def check(config):
             choices = f.metadata["choices"]
             if choices and value not in choices:
                 fail(f.name, value, f"one of {', '.join(map(str, choices))}")
-            if f.name in RANGES and not RANGES[f.name][0](value):
-                fail(f.name, value, RANGES[f.name][1])
+            low, high = LIMITS.get(f.name, (None, None))
+            if low is not None and not low <= value <= high:
+                fail(f.name, value, f"from {low} to {high}")
+            low, high = BETWEEN.get(f.name, (None, None))
+            if low is not None and not low < value < high:
+                fail(f.name, value, f"between {low} and {high}" if high == 1 else "positive and finite")
     data, net, train, sampling = config.data, config.network, config.train, config.sampling
     size, channels, centered = DATA_PRESETS[data.data_name][:3]
     if data.data_name not in ("afhq", "folder") and data.image_size != size:
         fail("image_size", data.image_size, f"{size} for {data.data_name}")
     if data.data_name != "folder" and data.image_channels != channels:
         fail("image_channels", data.image_channels, f"{channels} for {data.data_name}")
-    if not net.channel_mult or min(net.channel_mult) < 1:
-        fail("channel_mult", net.channel_mult, "one or more positive numbers")
+    if not net.channel_mult or min(net.channel_mult) < 1 or max(net.channel_mult) > 1024:
+        fail("channel_mult", net.channel_mult, "one or more numbers from 1 to 1024")
     if data.image_size % 2 ** (len(net.channel_mult) - 1):
         fail(
             "image_size",

@@ -30,10 +30,8 @@ class Run:
 
 def prepare(workdir, trained, run):
     """Make the folder and write eval.json; UserError if there is anything in it but images made in the same way."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file: choose a folder")
+    misc.check_folder(workdir, "workdir")
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
-    misc.check_writable(path)
     if workdir.exists():
         misc.remove_leftovers(workdir)
     if path.exists():

@@ -13,6 +13,7 @@ import struct
 import sys
 import tempfile
 import urllib.request
+import warnings
 import zipfile
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -92,6 +93,18 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); name another file") from error
+
+
+def check_folder(folder, flag):
+    """UserError unless results can be written into a folder, which may be missing."""
+    folder = Path(folder)
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+    except OSError:
+        is_file = False  # check_writable says what is wrong with it
+    if is_file:
+        raise UserError(f"--{flag} {folder} is a file: choose a folder")
+    check_writable(folder / "config.json")
 
 
 def write_json(path, value):
@@ -181,6 +194,8 @@ class MemoryImages(torch.utils.data.Dataset):
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # what Pillow is let try, whatever a file's name: fewer decoders for hostile files
+LARGEST_FILE = 2**28  # bytes of an image in a zip, unpacked
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no image to learn from
 
 
 def decode(data):
@@ -223,7 +238,15 @@ class ImageFiles(torch.utils.data.Dataset):
                 names = list(_files_under(self.path))
             elif zipfile.is_zipfile(self.path):
                 with zipfile.ZipFile(self.path) as archive:
-                    names = [n for n in archive.namelist() if not n.endswith("/")]
+                    members = [member for member in archive.infolist() if not member.is_dir()]
+                names = [member.filename for member in members]
+                for member in members:
+                    if member.filename.startswith("/") or ".." in member.filename.split("/"):
+                        raise UserError(f"{self.path} holds {member.filename}, a path that leads out of it: pack it again")
+                    if member.file_size > LARGEST_FILE:
+                        raise UserError(
+                            f"{self.path} holds {member.filename} of {member.file_size} bytes: too large for an image"
+                        )
             else:
                 raise UserError(f"{self.path} is neither a folder nor a zip of images")
         except (OSError, zipfile.BadZipFile) as error:
@@ -334,6 +357,12 @@ class ArrayOnDisk(torch.utils.data.Dataset):
         return torch.from_numpy(array[indices]).permute(0, 3, 1, 2), torch.zeros(len(indices), dtype=torch.long)
 
 
+def refuse_bombs(archive):
+    """ValueError if a zip holds a gigabyte or more that is packed to less than a hundredth."""
+    if any(member.file_size >= 2**30 and member.file_size > 100 * member.compress_size for member in archive.infolist()):
+        raise ValueError("a few bytes that would fill the memory")
+
+
 def load_array(path):
     """Data set of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them.
 
@@ -341,6 +370,7 @@ def load_array(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            refuse_bombs(archive)
             member = archive.getinfo("arr_0.npy")
         if member.compress_type == zipfile.ZIP_STORED:
             with open(path, "rb") as file:
@@ -383,13 +413,14 @@ def load_data(data):
         return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels).long())
     if data.data_name in TORCHVISION_FILES:
         return _torchvision_data(data.data_name, data.data_path)
-    path = Path(data.data_path)
+    path, advice = Path(data.data_path), "--data_path names the folder or zip of images, or use --data_name digits"
     if data.data_name == "afhq":
-        path = path / "afhq" / "train"
-        if not path.is_dir():
-            raise UserError(f"{path} is missing: unpack AFHQ so that it holds cat/, dog/ and wild/, or use --data_name digits")
-    elif not path.exists():
-        raise UserError(f"{path} is missing: --data_path names the folder or zip of images, or use --data_name digits")
+        path, advice = path / "afhq" / "train", "unpack AFHQ so that it holds cat/, dog/ and wild/, or use --data_name digits"
+    try:
+        if not path.exists() or data.data_name == "afhq" and not path.is_dir():
+            raise UserError(f"{path} is missing: {advice}")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
     return ImageFiles(path, data.image_size, data.image_channels)
 
 
@@ -516,6 +547,7 @@ def one_hot(labels, label_dim):
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 FORMAT = 1
+LARGEST_NETWORK = 2e10  # parameters
 
 
 class EMA:
@@ -538,8 +570,16 @@ def build_model(config):
     net, data = dataclasses.asdict(config.network), config.data
     sigma_data, M = net.pop("sigma_data"), net.pop("M")
     two_times = config.task.mode == "characteristic"
+
+    def make():
+        return network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
+
     try:
-        unet = network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
+        with torch.device("meta"):  # no memory: how large would it be?
+            size = sum(p.numel() for p in make().parameters())
+        if size > LARGEST_NETWORK:
+            raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
+        unet = make()
     except ValueError as error:  # of GroupNorm
         raise UserError(f"--model_channels {config.network.model_channels} does not suit the network: {error}") from error
     return network.Denoiser(unet, sigma_data, M)
@@ -606,6 +646,9 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "ema")):
         raise UserError(f"{path} is not a checkpoint: it has no 'model' and 'ema' state dicts")
+    step = content.get("step", 0)
+    if type(step) is not int or step < 0:
+        raise UserError(f"{path} is damaged: its step is {step!r}")
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: update the software")
     return content
@@ -624,6 +667,9 @@ def load_weights(net, state, path):
         for k in own
         if k in state and getattr(state[k], "shape", None) != own[k].shape
     ]
+    if not wrong:
+        wrong = [f"{k} holds {state[k].dtype}" for k in own if not state[k].is_floating_point()]
+        wrong = wrong or [f"{k} is not finite" for k in own if not state[k].isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit this network: {'; '.join(wrong[:3])}{more}")
@@ -682,6 +728,18 @@ def override(config, flags, path, sections=("task", "data", "network"), free=())
     return defaults.resolve(flags, config)
 
 
+def check_mean(mean, config, path):
+    """UserError unless the mean that a checkpoint holds is that of images of its configuration."""
+    shape = (config.data.image_channels, config.data.image_size, config.data.image_size)
+    if (
+        not isinstance(mean, torch.Tensor)
+        or tuple(mean.shape) != shape
+        or mean.dtype != torch.float32
+        or not mean.isfinite().all()
+    ):
+        raise UserError(f"{path} is damaged: its mean is not a finite image of {shape}")
+
+
 def load_model(path, flags, device):
     """Trained model of a checkpoint, its settings overridden by explicit flags where that makes sense.
 
@@ -707,8 +765,9 @@ def load_model(path, flags, device):
     if not knows_mean:
         log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
         mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
+    check_mean(mean, config, path)
     model = model.eval().requires_grad_(False).to(device)
-    return Trained(model, config, mean.to(device), int(content.get("step", 0)), path, knows_mean)
+    return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -1066,6 +1125,7 @@ def read_statistics(path, features=False):
     """Statistics of a file, ours or of other tools; with `features`, UserError if it holds none."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            refuse_bombs(archive.zip)
             mu, sigma = archive["mu"], archive["sigma"]
             if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
                 raise ValueError("not real numbers")
@@ -1170,6 +1230,7 @@ def open_images(path):
             raise UserError(f"{record} is damaged: make the images again, or remove it") from error
         if len(images) != expected:
             raise UserError(
-                f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of: make them again"
+                f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of: the same eval.py "
+                "command makes the others"
             )
     return images, {"source": str(path), "made_by": made_by}

@@ -363,8 +363,7 @@ def make_plan(run, flags, device):
     workdir = Path(run.workdir or f"logs/{config.data.data_name}-{mode}")
     path, origin = (Path(run.resume), misc.file_hash(run.resume)) if saved else (None, None)
 
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file: choose a folder")
+    misc.check_folder(workdir, "workdir")
     latest = misc.latest_checkpoint(workdir)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # the same command, after a rank died
     if latest and run.fresh and not restarted:
@@ -397,7 +396,19 @@ def load_run(path):
     saved = misc.load_checkpoint(path)
     if not {"config", "optim", "step", "mean", "run"} <= saved.keys():
         raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
-    return {**saved, "config": defaults.from_dict(saved["config"])}
+    config, run = defaults.from_dict(saved["config"]), saved["run"]
+    misc.check_mean(saved["mean"], config, path)
+    try:
+        counts = [run[name] for name in ("ranks", "bsz", "images", "skipped", "skipped_in_a_row")]
+        counts += [run["window"]["steps"], run["window"]["skipped"]]
+        sums = [value for part in run["window"]["sums"] for value in part.values()]
+        if not all(type(n) is int and n >= 0 for n in counts) or not all(math.isfinite(value) for value in sums):
+            raise ValueError("numbers of another kind")
+        if len(run["window"]["sums"]) != run["ranks"] or not {"origin", "teacher"} <= run.keys():
+            raise ValueError("parts are missing")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: what it holds of its run cannot be continued") from error
+    return {**saved, "config": config}
 
 
 def fit_to_ranks(config, flags, saved):
@@ -432,7 +443,6 @@ def prepare_workdir(plan, fresh):
     Returns a handle that locks the folder for as long as this process lives.
     """
     workdir, start = plan.workdir, plan.saved["step"] if plan.saved else 0
-    misc.check_writable(workdir / "config.json")
     lines = read_metrics(workdir) if plan.in_place else []
     try:
         workdir.mkdir(parents=True, exist_ok=True)
