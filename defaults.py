@@ -357,7 +357,7 @@ def check(config):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{' '.join(message.split())} (see {self.prog} --help)")
 
 
 def _boolean(text):

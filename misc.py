@@ -627,11 +627,15 @@ def save_checkpoint(workdir, model, ema, optim, step, config, mean, run, keep=0)
         torch.save(content, file)
     with atomic(path.with_name("latest.pth")) as temporary:
         os.symlink(path.name, temporary)
-    if keep:
-        for old in checkpoints(workdir)[:-keep]:
-            with suppress(OSError):  # somebody else removed it
-                old.unlink()
+    remove_old(workdir, keep)
     return path
+
+
+def remove_old(workdir, keep):
+    """Of a folder's checkpoints keep the last ones, so many of them, or all if 0."""
+    for old in checkpoints(workdir)[:-keep] if keep else []:
+        with suppress(OSError):  # somebody else removed it
+            old.unlink()
 
 
 def load_checkpoint(path):

@@ -437,7 +437,7 @@ def fit_to_ranks(config, flags, saved):
     return config
 
 
-def prepare_workdir(plan, fresh):
+def prepare_workdir(plan, fresh, keep):
     """Make the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
 
     Returns a handle that locks the folder for as long as this process lives.
@@ -465,6 +465,8 @@ def prepare_workdir(plan, fresh):
         for path in (*misc.checkpoints(workdir), *(workdir / name for name in ("latest.pth", "metrics.jsonl", "loss.png"))):
             path.unlink(missing_ok=True)
         shutil.rmtree(workdir / "samples", ignore_errors=True)
+    if plan.in_place:  # it may have been killed before
+        misc.remove_old(workdir, keep)
     misc.write_json(workdir / "config.json", defaults.to_dict(plan.config))
     with misc.atomic(workdir / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
@@ -586,7 +588,7 @@ def train(run, flags, device):
         skipped, in_a_row = saved["run"]["skipped"], saved["run"]["skipped_in_a_row"]
         misc.log(f"continuing {plan.path} at step {start} of {cfg.train_steps}")
     plan = dataclasses.replace(plan, config=config)
-    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, run.fresh and not saved))  # noqa: F841 (held until the end)
+    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, run.fresh and not saved, run.keep))  # noqa: F841 (held until the end)
 
     if start == cfg.train_steps:
         objective = None

@@ -63,13 +63,13 @@ def _inject(what, nth):
     patch(*places[what])
 
 
-def _child(argv, environment, output, fault, prepare):
+def _child(argv, cwd, environment, output, fault, prepare):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))  # noqa: SIM115
     multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked from a server
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     sys.argv = argv
     module = importlib.import_module(Path(argv[0]).stem)
     import dist_util
@@ -88,7 +88,9 @@ def _context():
         before = dict(os.environ)
         os.environ.update(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
         try:
-            context.set_forkserver_preload(["train", "eval", "fid", "processes", "torchvision.utils", "matplotlib.pyplot"])
+            context.set_forkserver_preload(
+                ["train", "eval", "fid", "teaser", "compare", "processes", "torchvision.utils", "matplotlib.pyplot"]
+            )
             from multiprocessing.forkserver import ensure_running
 
             ensure_running()
@@ -102,7 +104,7 @@ def _context():
 class Job:
     """A script running on one rank, or on several gloo ranks without torchrun: nobody restarts them, nobody ends the others."""
 
-    def __init__(self, output, *command, ranks=1, fault=None, faulty_rank=0, environment=(), prepare=None):
+    def __init__(self, output, *command, ranks=1, fault=None, faulty_rank=0, environment=(), prepare=None, cwd=ROOT):
         """`output`: beginning of the paths for stdout and stderr; `fault`: see _inject(); `prepare`: called in the process."""
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -114,7 +116,7 @@ class Job:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             fault_here = fault if rank == faulty_rank else None
-            args = ([str(part) for part in command], env, self.outputs[rank], fault_here, prepare)
+            args = ([str(part) for part in command], cwd, env, self.outputs[rank], fault_here, prepare)
             process = _context().Process(target=_child, args=args)
             process.start()
             self.processes.append(process)

@@ -7,8 +7,12 @@ import json
 import re
 import shlex
 import subprocess
+import typing
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import defaults
 from conftest import ROOT, run
@@ -192,117 +196,83 @@ def test_unknown_or_wrong_configurations_are_fatal(change, message):
         defaults.from_dict(change)
 
 
+# --------------------------------------------------------------------- properties of settings, for whatever hypothesis finds
+
+SETTINGS = [f for section in defaults.SECTIONS.values() for f in dataclasses.fields(section)]
+
+
+def values(f):
+    """Values of a setting that are allowed by themselves."""
+    if f.metadata["choices"]:
+        return st.sampled_from(f.metadata["choices"])
+    if f.type is bool:
+        return st.booleans()
+    if f.type is str:
+        return st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: not text.startswith("-"))
+    if typing.get_origin(f.type) is tuple:
+        return st.lists(st.integers(1, 64), min_size=f.name == "channel_mult", max_size=4).map(tuple)
+    if f.name in defaults.BETWEEN:
+        low, high = defaults.BETWEEN[f.name]
+        return st.floats(low, high, exclude_min=True, exclude_max=True, allow_nan=False)
+    low, high = defaults.LIMITS[f.name]
+    return st.integers(low, high) if f.type is int else st.floats(low, high, allow_nan=False)
+
+
+FLAGS = st.fixed_dictionaries({}, optional={f.name: values(f) for f in SETTINGS})
+
+
+@given(FLAGS)
+@hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.filter_too_much, hypothesis.HealthCheck.too_slow], deadline=None
+)
+def test_any_configuration_survives_json(flags):
+    try:
+        config = defaults.resolve(flags)
+    except UserError:  # values that do not go together
+        hypothesis.reject()
+    assert defaults.from_dict(json.loads(json.dumps(defaults.to_dict(config)))) == config
+    assert defaults.resolve(flags, config) == config
+
+
+@given(FLAGS, st.booleans())
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.too_slow])
+def test_any_flags_are_read_as_they_were_written(flags, short):
+    argv = []
+    for name, value in flags.items():
+        if type(value) is bool and short:
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert parsed(*argv) == flags
+
+
+@given(
+    st.lists(
+        st.one_of(st.text(), st.sampled_from([f"--{f.name}" for f in SETTINGS]), st.sampled_from(["-1", "1e9", "nan", "\n"]))
+    )
+)
+def test_any_command_line_is_read_or_refused_with_one_line(argv):
+    try:
+        defaults.resolve(parsed(*argv))
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+    except SystemExit as stopped:  # --help
+        assert stopped.code == 0
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_any_other_content_of_a_file_is_no_configuration(content):
+    with pytest.raises(UserError):
+        defaults.from_dict({"network": content, "train": {"lr": content}})
+
+
 # ------------------------------------------------------------------------------------------------ users' mistakes
-
-MISTAKES = [
-    (["train.py", "--lr", "fast"], "invalid float value: 'fast'"),
-    (["train.py", "--lr", "-1"], "--lr is -1.0: it must be positive"),
-    (["train.py", "--lr", "nan"], "--lr is nan"),
-    (["train.py", "--bogus", "1"], "unrecognized arguments: --bogus"),
-    (["train.py", "--data_name", "imagenet"], "invalid choice: 'imagenet'"),
-    (["train.py", "--global_bsz", "100", "--bsz", "64"], "--global_bsz is 100"),
-    (["train.py", "--channel_mult", "1", "0"], "--channel_mult"),
-    (["train.py", "--mode", "characteristic"], "--teacher is missing"),
-    (["train.py", "--mode", "characteristic", "--teacher", "nowhere.pth"], "there is no checkpoint nowhere.pth"),
-    (["train.py", "--teacher", "x.pth"], "--teacher is for stage 2"),
-    (["train.py", "--data_name", "folder", "--data_path", "nowhere"], "nowhere is missing"),
-    (["train.py", "--data_name", "afhq", "--data_path", "nowhere"], "--data_name digits"),
-    (["train.py", "--workdir", "README.md"], "is a file"),
-    (["train.py", "--workdir", "README.md/run"], "cannot write README.md/run"),
-    (["train.py", "--model_channels", "36", "--channel_mult", "1", "2", "2"], "--model_channels 36"),
-    (["train.py", "--train_eps0", "1"], "--train_eps0 is 1.0"),
-    (["eval.py", "--workdir", "x"], "--checkpoint is missing"),
-    (["eval.py", "--checkpoint", "README.md", "--workdir", "x", "--end_seed", "1"], "is not a checkpoint"),
-    (["eval.py", "--checkpoint", "x", "--workdir", "x", "--start_seed", "5", "--end_seed", "1"], "--start_seed 5"),
-    (["eval.py", "--churn", "perhaps"], "neither True nor False"),
-    (["fid.py", "--mode", "fid", "--ref_path", "a.npz"], "one of --stat_path, --img_folder, --checkpoint"),
-    (["fid.py", "--mode", "gen", "--dest", "a.npz"], "one of --img_folder, --checkpoint"),
-    (
-        ["fid.py", "--mode", "gen", "--dest", "a.npz", "--img_folder", "x", "--checkpoint", "y"],
-        "one of --img_folder, --checkpoint",
-    ),
-    (
-        ["fid.py", "--mode", "gen", "--dest", "a.npz", "--img_folder", "x", "--num_steps", "1"],
-        "--num_steps is for images drawn",
-    ),
-    (
-        ["fid.py", "--mode", "gen", "--dest", "a.npz", "--checkpoint", "x", "--start_seed", "9", "--end_seed", "1"],
-        "--start_seed 9",
-    ),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--num", "1798"], "--num is 1798, but there are only 1797 images"),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--num", "1"], "--num is 1: a covariance needs two"),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--metrics", "fid,kid,is"], "--metrics is fid,kid,is"),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--metrics", ""], "--metrics is :"),
-    (["fid.py", "--ref_path", "a.npz", "--stat_path", "b.npz", "--num", "9"], "--num and --features are for images"),
-    (
-        ["fid.py", "--mode", "ref", "--dest", "a.npz", "--features", "inception", "--inception_weights", "no/w.pth"],
-        "need no/w.pth: get it from https://github.com/mseitzer",
-    ),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--img_folder", "x"], "--img_folder is not for --mode ref"),
-    (["fid.py", "--mode", "gen", "--dest", "a.npz", "--img_folder", "x", "--csv", "y"], "--csv is not for --mode gen"),
-    (["fid.py", "--ref_path", "a.npz", "--img_folder", "x", "--dest", "y.npz"], "--dest is not for --mode fid"),
-    (["fid.py", "--ref_path", "a.npz", "--img_folder", "x", "--end_seed", "9"], "--end_seed is for images drawn"),
-    (["fid.py", "--ref_path", "a.npz", "--img_folder", "x", "--image_size", "9"], "--image_size is for --mode ref"),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--force"], "--force is for --mode fid"),
-    (["fid.py", "--ref_path", "a.npz", "--img_folder", "x", "--metrics", "kid,fid,kid"], "each once"),
-    (["fid.py", "--mode", "ref", "--dest", "a.npz", "--seed", "1"], "--seed is that of the subset"),
-    (["train.py", "--ref_path", "a.npz"], "--ref_path is for --fid_freq"),
-    (["train.py", "--fid_freq", "10"], "--ref_path is missing"),
-    (["train.py", "--fid_freq", "10", "--ref_path", "nowhere.npz"], "there is no file nowhere.npz"),
-    (["train.py", "--fid_num", "1"], "--fid_num is 1"),
-    (["fid.py", "--mode", "fid", "--ref_path", "nowhere.npz", "--stat_path", "b.npz"], "there is no file nowhere.npz"),
-    (["fid.py", "--mode", "fid", "--ref_path", "README.md", "--stat_path", "b.npz"], "not a statistics file"),
-    (["fid.py", "--mode", "ref"], "--dest is missing"),
-    (["fid.py", "--mode", "ref", "--dest", "README.md/x.npz"], "cannot write README.md/x.npz"),
-    (["teaser.py", "--checkpoint", "nowhere.pth"], "there is no checkpoint"),
-    (["compare.py", "--denoiser", "nowhere.pth"], "--characteristic is missing"),
-]
-
-
-@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[" ".join(command) for command, _ in MISTAKES])
-def test_a_mistake_ends_with_one_line(command, message, monkeypatch, capsys, tmp_path):
-    """In this process, for speed; test_scores.py has the same through real processes and several ranks."""
-    import dist_util
-
-    monkeypatch.setattr("sys.argv", command)
-    module = importlib.import_module(command[0].removesuffix(".py"))
-    monkeypatch.chdir(ROOT)
-    before = set(ROOT.rglob("*.npz")) | set(ROOT.glob("logs/*"))
-    with pytest.raises(SystemExit) as stopped:
-        dist_util.launch(module.main)
-    out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and out == "" and len(lines) == 1 and message in lines[0], err
-    assert set(ROOT.rglob("*.npz")) | set(ROOT.glob("logs/*")) == before
 
 
 def test_mistakes_on_several_ranks_are_reported_once():
     done = run("train.py", "--mode", "characteristic", ranks=2, expect=1)  # torchrun's own status
     assert done.stderr.count("error: --teacher is missing") == 1 and "Error:" not in done.stderr.split("torch.distributed")[0]
-
-
-def test_wrong_checkpoints_are_refused_by_name(trained, tmp_path):
-    def mistake(*command):
-        return run(*command, expect=2).stderr.strip().splitlines()[-1]
-
-    flow, ode, out = trained["characteristic"], trained["denoiser"], tmp_path / "out"
-    assert "is a flow map" in mistake("train.py", "--mode", "characteristic", "--teacher", flow, "--workdir", out)
-    assert "--mode is denoiser" in mistake("eval.py", "--mode", "denoiser", "--checkpoint", flow, "--workdir", out)
-    assert "--model_channels is 64" in mistake("eval.py", "--model_channels", "64", "--checkpoint", ode, "--workdir", out)
-    assert "--sde is True" in mistake("eval.py", "--sde", "--checkpoint", flow, "--workdir", out)
-    assert "--model_channels is 16 and was 8; --lr" in mistake(
-        *("train.py", "--workdir", trained["folders"][0], "--model_channels", "16", "--lr", "1")
-    )
-    assert not out.exists()
-
-
-def test_checkpoints_never_run_code(tmp_path):
-    import pickle
-
-    class Hostile:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    (tmp_path / "hostile.pth").write_bytes(pickle.dumps(Hostile()))
-    done = run("eval.py", "--checkpoint", tmp_path / "hostile.pth", "--workdir", tmp_path / "out", expect=2)
-    assert "is not a checkpoint" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "executed").exists()

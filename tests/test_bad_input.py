@@ -1,0 +1,398 @@
+"""Bad input of every kind: one line that says what is wrong, exit status 2, nothing written; on one rank and on two."""
+
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dist_util
+from conftest import TINY_NETWORK
+from processes import Job
+
+TINY = " ".join(TINY_NETWORK)
+RUN = f"train.py {TINY} --train_steps 4 --bsz 4 --global_bsz 8 --sampling_freq 0 --dump_freq 2"
+FLOW = "train.py --mode characteristic --train_steps 4 --bsz 4 --global_bsz 8 --sampling_freq 0 --num_steps 2 --bank_size 4"
+
+
+# ------------------------------------------------------------------------------------------- what a case begins with
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder with the workdirs `ode` and `flow` of a tiny denoiser and its student."""
+    folder = tmp_path_factory.mktemp("models")
+    for command, name in ((RUN, "ode"), (f"{FLOW} --teacher ode/DDPMpp-000004.pth", "flow")):
+        job = Job(folder / f"log-{name}", *command.split(), "--workdir", name, cwd=folder)
+        assert job.wait() == [0], job.err()
+    return folder
+
+
+class Hostile:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def copy(*names):
+    """Copies of the models' workdirs."""
+    return lambda p, models: [shutil.copytree(models / name, p / name, symlinks=True) for name in names]
+
+
+def checkpoint(change):
+    """x.pth: the denoiser's checkpoint, changed."""
+
+    def make(p, models):
+        content = torch.load(models / "ode" / "DDPMpp-000004.pth", weights_only=True)
+        change(content)
+        torch.save(content, p / "x.pth")
+
+    return make
+
+
+def workdir(change):
+    """A workdir `ode` whose last checkpoint is changed."""
+
+    def make(p, models):
+        copy("ode")(p, models)
+        content = torch.load(models / "ode" / "DDPMpp-000004.pth", weights_only=True)
+        change(content)
+        torch.save(content, p / "ode" / "DDPMpp-000004.pth")
+
+    return make
+
+
+def dangling(p, models):
+    (p / "ode").mkdir()
+    (p / "ode" / "latest.pth").symlink_to("DDPMpp-000009.pth")
+
+
+def put(name, content):
+    def make(p, models):
+        (p / name).parent.mkdir(parents=True, exist_ok=True)
+        (p / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return make
+
+
+def both(*setups):
+    return lambda p, models: [setup(p, models) for setup in setups]
+
+
+def half(p, models):
+    data = (models / "ode" / "DDPMpp-000004.pth").read_bytes()
+    (p / "x.pth").write_bytes(data[: len(data) // 2])
+
+
+def png(width=8, height=8):
+    """A grey PNG file; beyond a million pixels with hardly any of them."""
+    if width * height < 10**6:
+        with tempfile.TemporaryFile() as file:
+            Image.new("L", (width, height)).save(file, format="PNG")
+            file.seek(0)
+            return file.read()
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def zipped(**members):
+    """x.zip with these members, the name's dots and slashes written as they are in the keys of a dict."""
+
+    def make(p, models):
+        with zipfile.ZipFile(p / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+
+    return make
+
+
+def bomb(p, models):
+    """A zip of a few kilobytes whose picture is 300 MB of zeros."""
+    zipped(**{"a.png": png(), "b.png": bytes(300 * 2**20)})(p, models)
+
+
+def cut_zip(p, models):
+    zipped(**{"a.png": png(), "b.png": png()})(p, models)
+    (p / "x.zip").write_bytes((p / "x.zip").read_bytes()[:-30])
+
+
+def array_bomb(name):
+    def make(p, models):
+        header = {"shape": (2**12, 2**10, 2**9, 1), "fortran_order": False, "descr": "|u1"}
+        with (
+            zipfile.ZipFile(p / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open(f"{name}.npy", "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(17):  # beyond a gigabyte is enough
+                file.write(bytes(2**26))
+
+    return make
+
+
+def statistics(**arrays):
+    def make(p, models):
+        np.savez(p / "x.npz", **arrays)
+        np.savez(p / "ref.npz", mu=np.zeros(2), sigma=np.eye(2))
+
+    return make
+
+
+def nothing(p, models):
+    pass
+
+
+def set_key(*path):
+    """Change of one value: the keys that lead to it, then the value."""
+    *keys, last, value = path
+
+    def change(content):
+        for key in keys:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def drop(*path):
+    *keys, last = path
+
+    def change(content):
+        for key in keys:
+            content = content[key]
+        del content[last]
+
+    return change
+
+
+BIAS = "dec.8x8_aux_conv.bias"
+EVAL, OUT = "eval.py --checkpoint x.pth --workdir out --end_seed 1", "--workdir out"
+RESUME = f"{RUN} --resume x.pth {OUT} --train_steps 9"
+ODE = "eval.py --checkpoint ode/latest.pth --workdir out"
+NPZ = "fid.py --ref_path ref.npz --stat_path x.npz"
+DATA = f"train.py --data_name folder --data_path x.zip --image_size 8 --image_channels 1 {TINY} --workdir out"
+GEN = "fid.py --mode gen --dest s.npz --img_folder"
+
+CASES = [
+    # (what is there, command, what the line says)
+
+    # flags: of the wrong kind, unknown, negative, zero, reversed, enormous
+    (nothing, "train.py --lr fast", "invalid float value: 'fast'"),
+    (nothing, "train.py --lr -1", "--lr is -1.0: it must be positive"),
+    (nothing, "train.py --lr nan", "--lr is nan"),
+    (nothing, "train.py --lr inf", "--lr is inf"),
+    (nothing, "train.py --bogus 1", "unrecognized arguments: --bogus"),
+    (nothing, "train.py --data_name imagenet", "invalid choice: 'imagenet'"),
+    (nothing, "train.py --bsz 0", "--bsz is 0: it must be from 1"),
+    (nothing, "train.py --bsz -8", "--bsz is -8"),
+    (nothing, "train.py --train_steps 0", "--train_steps is 0"),
+    (nothing, "train.py --train_steps 99999999999999999999", "--train_steps is 99999999999999999999: it must be from 1"),
+    (nothing, "train.py --global_bsz 2147483648 --bsz 1073741824", "--global_bsz is 2147483648"),
+    (nothing, "train.py --model_channels 2147483644", "--model_channels is 2147483644"),
+    (nothing, "train.py --bsz 64 --model_channels 65536 --channel_mult 1024 1024", "a network of"),
+    (nothing, "train.py --num_blocks 2000000", "--num_blocks is 2000000"),
+    (nothing, "train.py --image_size -4", "--image_size is -4"),
+    (nothing, "train.py --image_size 1000000000 --data_name folder", "--image_size is 1000000000"),
+    (nothing, "train.py --image_size 16", "--image_size is 16: it must be 8 for digits"),
+    (nothing, "train.py --channel_mult 1 0", "--channel_mult"),
+    (nothing, "train.py --channel_mult", "--channel_mult is ()"),
+    (nothing, "train.py --bsz 64 --model_channels 36 --channel_mult 1 2 2", "--model_channels 36"),
+    (nothing, "train.py --dropout 1.5", "--dropout is 1.5: it must be from 0 to 1"),
+    (nothing, "train.py --train_eps0 1", "--train_eps0 is 1.0"),
+    (nothing, "train.py --train_eps0 0.6 --train_eps1 0.5", "--train_eps0 is 0.6: it must be below"),
+    (nothing, "train.py --seed -1", "--seed is -1"),
+    (nothing, "train.py --keep -1", "--keep is -1"),
+    (nothing, "train.py --global_bsz 100 --bsz 64", "--global_bsz is 100"),
+    (nothing, "train.py --global_bsz 7 --bsz 4", "--global_bsz is 7: it must be a multiple of --bsz"),
+    (nothing, "train.py --fid_num 1", "--fid_num is 1"),
+    (nothing, "train.py --bsz 64 --fid_freq 10", "--ref_path is missing"),
+    (nothing, "train.py --bsz 64 --fid_freq 10 --ref_path nowhere.npz", "there is no file nowhere.npz"),
+    (nothing, "train.py --bsz 64 --ref_path a.npz", "--ref_path is for --fid_freq"),
+    (nothing, "train.py --force", "--force is for --fresh"),
+    (nothing, "train.py --fresh --resume x.pth", "leave one out"),
+    (nothing, "eval.py --workdir x", "--checkpoint is missing"),
+    (nothing, "eval.py --checkpoint x --workdir x --start_seed 5 --end_seed 1", "--start_seed 5 --end_seed 1"),
+    (nothing, "eval.py --checkpoint x --workdir x --start_seed -5", "seeds run from 0"),
+    (nothing, "eval.py --checkpoint x --workdir x --end_seed 9223372036854775808", "each below 2^63"),
+    (nothing, "eval.py --churn perhaps", "neither True nor False"),
+    (nothing, "eval.py --num_steps 1.5", "invalid int value: '1.5'"),
+    (copy("ode"), f"{ODE} --num_steps 0", "--num_steps is 0"),
+    (copy("ode"), f"{ODE} --s_min 0.9 --s_max 0.1", "--s_min is 0.9"),
+    (copy("ode"), f"{ODE} --class_idx 3", "the model has no classes"),
+    (copy("ode"), f"{ODE} --sde --churn", "--churn is True"),
+    (nothing, "fid.py --mode fid --ref_path a.npz", "one of --stat_path, --img_folder, --checkpoint"),
+    (nothing, "fid.py --mode gen --dest a.npz", "one of --img_folder, --checkpoint"),
+    (nothing, "fid.py --mode gen --dest a.npz --img_folder x --checkpoint y", "one of --img_folder, --checkpoint"),
+    (nothing, "fid.py --mode gen --dest a.npz --img_folder x --num_steps 1", "--num_steps is for images drawn"),
+    (nothing, "fid.py --mode gen --dest a.npz --checkpoint x --start_seed 9 --end_seed 1", "--start_seed 9"),
+    (nothing, "fid.py --mode ref --dest a.npz --num 1798", "--num is 1798, but there are only 1797 images"),
+    (nothing, "fid.py --mode ref --dest a.npz --num 1", "--num is 1: a covariance needs two"),
+    (nothing, "fid.py --mode ref --dest a.npz --metrics fid,kid,is", "--metrics is fid,kid,is"),
+    (nothing, "fid.py --mode ref --dest a.npz --metrics ''", "--metrics is :"),
+    (nothing, "fid.py --ref_path a.npz --img_folder x --metrics kid,fid,kid", "each once"),
+    (nothing, "fid.py --ref_path a.npz --stat_path b.npz --num 9", "--num and --features are for images"),
+    (nothing, "fid.py --mode ref --dest a.npz --img_folder x", "--img_folder is not for --mode ref"),
+    (nothing, "fid.py --mode gen --dest a.npz --img_folder x --csv y", "--csv is not for --mode gen"),
+    (nothing, "fid.py --ref_path a.npz --img_folder x --dest y.npz", "--dest is not for --mode fid"),
+    (nothing, "fid.py --ref_path a.npz --img_folder x --end_seed 9", "--end_seed is for images drawn"),
+    (nothing, "fid.py --ref_path a.npz --img_folder x --image_size 9", "--image_size is for --mode ref"),
+    (nothing, "fid.py --mode ref --dest a.npz --force", "--force is for --mode fid"),
+    (nothing, "fid.py --mode ref --dest a.npz --seed 1", "--seed is that of the subset"),
+    (nothing, "fid.py --mode ref", "--dest is missing"),
+    (nothing, "fid.py --mode ref --dest a.npz --features inception --inception_weights no/w.pth", "need no/w.pth: get it from"),
+
+    # places: missing, files for folders, not to be written
+    (nothing, "train.py --data_name folder --data_path nowhere", "nowhere is missing"),
+    (nothing, "train.py --data_name afhq --data_path nowhere", "--data_name digits"),
+    (put("file", "text"), "train.py --workdir file", "--workdir file is a file: choose a folder"),
+    (put("file", "text"), "train.py --workdir file/run", "cannot write file/run"),
+    (nothing, "train.py --workdir /proc/nowhere", "cannot write /proc/nowhere"),
+    (nothing, f"train.py --workdir {'x' * 300}", "File name too long"),
+    (both(copy("ode"), put("file", "text")), "eval.py --checkpoint ode/latest.pth --workdir file", "is a file: choose"),
+    (both(copy("ode"), put("full/a.txt", "text")), "eval.py --checkpoint ode/latest.pth --workdir full", "full is not empty"),
+    (put("file", "text"), "fid.py --mode ref --dest file/x.npz", "cannot write file/x.npz"),
+    (nothing, "teaser.py --data_name bogus", "invalid choice: 'bogus'"),
+    (nothing, "compare.py --denoiser nowhere.pth", "--characteristic is missing"),
+
+    # checkpoints: hostile, truncated, empty, foreign, of another network
+    (nothing, "eval.py --checkpoint nowhere.pth --workdir out", "there is no checkpoint nowhere.pth"),
+    (put("x.pth", pickle.dumps(Hostile())), EVAL, "x.pth is not a checkpoint of tensors and plain values"),
+    (half, EVAL, "x.pth is not a checkpoint of tensors and plain values, or it is damaged"),
+    (put("x.pth", ""), EVAL, "x.pth is not a checkpoint"),
+    (put("x.pth", "hello"), EVAL, "x.pth is not a checkpoint"),
+    (lambda p, models: (p / "x.pth").mkdir(), EVAL, "cannot read checkpoint x.pth: Is a directory"),
+    (lambda p, models: zipfile.ZipFile(p / "x.pth", "w").close(), EVAL, "x.pth is not a checkpoint"),
+    (lambda p, models: torch.save([1, 2], p / "x.pth"), EVAL, "it has no 'model' and 'ema' state dicts"),
+    (checkpoint(drop("ema", BIAS)), EVAL, f"x.pth does not fit this network: {BIAS} is missing"),
+    (checkpoint(set_key("ema", "surplus", torch.zeros(1))), EVAL, "x.pth does not fit this network: surplus is unknown"),
+    (checkpoint(set_key("ema", BIAS, torch.zeros(3))), EVAL, f"{BIAS} is (3,), not (1,)"),
+    (checkpoint(set_key("ema", BIAS, torch.full((1,), float("nan")))), EVAL, f"{BIAS} is not finite"),
+    (checkpoint(set_key("ema", BIAS, torch.zeros(1, dtype=torch.long))), EVAL, f"{BIAS} holds torch.int64"),
+    (checkpoint(set_key("ema", BIAS, "text")), EVAL, f"{BIAS} is (), not (1,)"),
+    (checkpoint(set_key("config", "network", "model_channels", 16)), EVAL, "does not fit this network"),
+    (checkpoint(set_key("config", "network", "model_channels", "8")), EVAL, "is '8' in the configuration"),
+    (checkpoint(set_key("config", "network", "surplus", 1)), EVAL, "unknown setting 'network.surplus'"),
+    (checkpoint(set_key("config", 3)), EVAL, "the configuration is not a dictionary"),
+    (checkpoint(set_key("format", 99)), EVAL, "x.pth has format 99"),
+    (checkpoint(set_key("step", "three")), EVAL, "its step is 'three'"),
+    (checkpoint(set_key("mean", torch.zeros(3, 8, 8))), EVAL, "its mean is not a finite image of (1, 8, 8)"),
+    (checkpoint(set_key("mean", "grey")), EVAL, "its mean is not a finite image"),
+    (checkpoint(drop("config")), EVAL, "x.pth has no configuration: say --data_name"),
+    (checkpoint(drop("config")), f"{EVAL} --data_name mnist", "x.pth does not fit this network"),
+    (copy("flow"), "eval.py --mode denoiser --checkpoint flow/latest.pth --workdir out", "--mode is denoiser and was char"),
+    (copy("ode"), "eval.py --model_channels 64 --checkpoint ode/latest.pth --workdir out", "--model_channels is 64 and was 8"),
+    (copy("flow"), "eval.py --sde --checkpoint flow/latest.pth --workdir out", "the flow map has no SDE"),
+
+    # teachers and runs to continue
+    (nothing, "train.py --mode characteristic", "--teacher is missing"),
+    (nothing, "train.py --mode characteristic --teacher nowhere.pth", "there is no checkpoint nowhere.pth"),
+    (nothing, "train.py --teacher x.pth", "--teacher is for stage 2"),
+    (copy("flow"), f"{FLOW} --teacher flow/latest.pth {OUT}", "flow/latest.pth is a flow map: --teacher takes a denoiser"),
+    (copy("ode", "flow"), f"{FLOW} --teacher ode/DDPMpp-000002.pth --workdir flow", "is not the teacher of the run in flow"),
+    (copy("ode"), f"{FLOW} --teacher ode/latest.pth --workdir ode", "--mode is characteristic and was denoiser"),
+    (copy("ode"), f"{RUN} --workdir ode --model_channels 16 --lr 1 --data_name mnist",
+     "ode/DDPMpp-000004.pth was made with other settings: --data_name is mnist and was digits; "
+     "--model_channels is 16 and was 8; --lr is 1.0 and was"),
+    (copy("ode"), f"{RUN} --workdir ode --train_steps 3", "is at step 4 already"),
+    (copy("ode"), f"{RUN} --resume ode/latest.pth {OUT}", "is at step 4 already"),
+    (copy("ode"), f"{RUN} --workdir ode --fresh", "--workdir ode holds a run, which --fresh would overwrite"),
+    (copy("ode"), f"{RUN} --workdir ode --resume ode/DDPMpp-000002.pth", "--workdir ode has gone beyond ode/DDPMpp-000002.pth"),
+    (both(copy("ode"), checkpoint(lambda content: None)), f"{RUN} --workdir ode --resume x.pth", "did not begin from x.pth"),
+    (copy("flow"), f"{RUN} --resume flow/latest.pth {OUT}", "--teacher is missing"),
+    (checkpoint(drop("run")), RESUME, "x.pth holds no run to continue"),
+    (checkpoint(set_key("run", {})), RESUME, "what it holds of its run cannot be continued"),
+    (checkpoint(set_key("run", "window", "sums", [{"loss": float("nan")}])), RESUME, "cannot be continued"),
+    (checkpoint(set_key("run", "images", 1000)), RESUME, "the data has 1797 images, and had 1000"),
+    (checkpoint(set_key("optim", {})), RESUME, "does not hold the optimizer of this run"),
+    (checkpoint(set_key("optim", "state", 0, "exp_avg", torch.zeros(3))), RESUME, "optimizer of this run: it is that of"),
+    (checkpoint(set_key("model", BIAS, torch.full((1,), float("inf")))), RESUME, f"{BIAS} is not finite"),
+    (workdir(set_key("step", -1)), f"{RUN} --workdir ode", "its step is -1"),
+    (both(copy("ode"), put("ode/metrics.jsonl", "no json\n")), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
+    (dangling, f"{RUN} --workdir ode", "there is no checkpoint ode/DDPMpp-000009.pth"),
+
+    # zips, pictures, arrays
+    (zipped(**{"../x.png": png(), "a.png": png()}), DATA, "holds ../x.png, a path that leads out of it"),
+    (zipped(**{"/etc/x.png": png(), "a.png": png()}), DATA, "holds /etc/x.png, a path that leads out of it"),
+    (zipped(**{"../x.png": png(), "a.png": png()}), f"{GEN} x.zip", "a path that leads out of it"),
+    (bomb, DATA, "holds b.png of 314572800 bytes: too large for an image"),
+    (cut_zip, DATA, "x.zip is neither a folder nor a zip"),
+    (zipped(**{"a.txt": "text"}), DATA, "no images in x.zip (among 1 files, such as a.txt)"),
+    (zipped(**{"a.png": b"", "b.png": png()}), DATA, "cannot read image a.png, one of 2 in x.zip: it is damaged or no image"),
+    (zipped(**{"a.png": png(30000, 30000), "b.png": png()}), DATA, "Image size (900000000 pixels) exceeds limit"),
+    (zipped(**{"a.png": png(10000, 10000), "b.png": png()}), f"{GEN} x.zip", "exceeds limit"),
+    (zipped(**{"a.png": png(), "b.png": png(9, 8)}), f"{GEN} x.zip", "images of different sizes or colours"),
+    (array_bomb("arr_0"), f"{GEN} x.npz", "or it is damaged"),
+    (both(statistics(), array_bomb("mu")), NPZ, "not a statistics file"),
+    (statistics(mu=np.array([0, np.nan]), sigma=np.eye(2)), NPZ, "does not hold finite statistics"),
+    (statistics(mu=np.zeros(2), sigma=np.full((2, 2), np.inf)), NPZ, "does not hold finite statistics"),
+    (statistics(mu=np.zeros(2), sigma=-np.eye(2)), NPZ, "sigma has negative eigenvalues"),
+    (statistics(mu=np.array([Hostile()], dtype=object), sigma=np.eye(1)), NPZ, "not a statistics file"),
+    (statistics(mu=np.zeros(3), sigma=np.eye(3)), NPZ, "the reference has 2 features and the images 3"),
+    (both(statistics(), put("x.npz", "hello")), NPZ, "not a statistics file"),
+    (nothing, "fid.py --ref_path nowhere.npz --stat_path b.npz", "there is no file nowhere.npz"),
+    (both(copy("ode"), put("out/eval.json", "{}")), f"{ODE} --end_seed 1", "eval.json is damaged"),
+]  # fmt: skip  # noqa: E501
+
+
+def impatient():
+    """Ranks other than the first give it time to speak before torchrun ends them all; here nobody does."""
+    dist_util.time.sleep = lambda seconds: None
+
+
+def listing(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refused(job, message, ranks):
+    assert job.wait() == [2] * ranks, job.err()
+    errors = [line for line in job.err().splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], job.err()
+    assert "Traceback" not in job.err() and job.out() == ""
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: f"{i}: {CASES[i][1][:60]} ({CASES[i][2][:30]})")
+def test_bad_input_ends_with_one_line_and_writes_nothing(number, tmp_path, tmp_path_factory, models, record_property):
+    import shlex
+
+    make, command, message = CASES[number]
+    make(tmp_path, models)
+    before, logs = listing(tmp_path), tmp_path_factory.mktemp("logs")
+    jobs = [Job(logs / f"{n}", *shlex.split(command), ranks=n, cwd=tmp_path, prepare=impatient) for n in (1, 2)]
+    for ranks, job in enumerate(jobs, 1):
+        refused(job, message, ranks)
+    assert listing(tmp_path) == before
+    record_property("bad inputs tried, on 1 and on 2 ranks", 1)
+
+
+def become_nobody():
+    os.seteuid(65534)
+
+
+@pytest.mark.parametrize("command", [RUN, "fid.py --mode ref"])
+def test_permission_denied_is_one_line(command, tmp_path, record_property):
+    """As root, by being somebody else for the test; else by a folder that one may not enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        closed = Path(folder) / "closed"
+        closed.mkdir(mode=0o000)
+        where = ["--workdir", closed / "run"] if command == RUN else ["--dest", closed / "x.npz"]
+        job = Job(tmp_path / "log", *command.split(), *where, prepare=become_nobody if os.geteuid() == 0 else None)
+        refused(job, "Permission denied", 1)
+        closed.chmod(0o755)
+        assert list(closed.iterdir()) == []
+    record_property("bad inputs tried, on 1 and on 2 ranks", 1)
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 60
