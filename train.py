@@ -428,11 +428,12 @@ def fit_to_ranks(config, flags, saved):
         )
     if saved and train.lr_decay == "cosine" and saved["config"].train.train_steps != train.train_steps:
         misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
-    if saved and (saved["run"]["ranks"], saved["run"]["bsz"]) != (world, config.train.bsz):
+    before = (saved["run"]["ranks"], saved["run"]["bsz"]) if saved else (world, config.train.bsz)
+    if before != (world, config.train.bsz):
         misc.log(
-            f"continuing on {world} ranks of {config.train.bsz} what ran on {saved['run']['ranks']} of {saved['run']['bsz']}: "
-            "each step sees the same images, but noise, dropout and stage 2's bank are other draws, so that the weights will "
-            "not be those of a run that went on as it was"
+            f"continuing on {world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {before[0]} of {before[1]}: each "
+            "step sees the same images, but noise, dropout and stage 2's bank are other draws, so that the weights will not be "
+            "those of a run that went on as it was"
         )
     return config
 

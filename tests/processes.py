@@ -101,14 +101,18 @@ def _context():
     return context
 
 
+def free_port():
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Job:
     """A script running on one rank, or on several gloo ranks without torchrun: nobody restarts them, nobody ends the others."""
 
     def __init__(self, output, *command, ranks=1, fault=None, faulty_rank=0, environment=(), prepare=None, cwd=ROOT):
         """`output`: beginning of the paths for stdout and stderr; `fault`: see _inject(); `prepare`: called in the process."""
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         self.outputs, self.processes = [f"{output}.{rank}" for rank in range(ranks)], []
         for rank in range(ranks):
             env = dict(environment)

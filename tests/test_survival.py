@@ -19,7 +19,7 @@ import dist_util
 import misc
 import train
 from conftest import ROOT, TINY_NETWORK
-from processes import Job
+from processes import Job, free_port
 
 LENGTH = ["--train_steps", "12", "--dump_freq", "3", "--log_freq", "5", "--sampling_freq", "4", "--nsampling", "2"]
 BATCH = ["--global_bsz", "8", "--bsz", "4", "--lr_rampup_steps", "6", "--keep", "2"]
@@ -233,7 +233,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path, teacher):
 @pytest.fixture(params=["localhost", "network namespaces"])
 def two_machines(request):
     """For each of two agents: a prefix of its command, and its options; the first holds the rendezvous."""
-    port = 20000 + random.randrange(20000)
+    port = free_port()
     if request.param == "localhost":
         yield [([], ["--rdzv_endpoint", f"127.0.0.1:{port}"])] * 2
         return
@@ -457,7 +457,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_images_and_says_what_diff
         second = first if bsz else [part for i, part in enumerate(first) if "--bsz" not in first[max(0, i - 1) : i + 1]]
         job = Job(tmp_path / f"b{before}", *second, ranks=after)
         assert job.wait() == [0] * after, job.err()
-        assert f"continuing on {after} ranks of 4 what ran on {before} of {4 if bsz else 8}" in job.err()
+        assert f"continuing on {after} rank{'s' * (after > 1)} of 4 what ran on {before} of {4 if bsz else 8}" in job.err()
         assert misc.load_checkpoint(tmp_path / f"{before}" / "DDPMpp-000012.pth")["config"]["train"]["global_bsz"] == 8
         assert [line["step"] for line in metrics(tmp_path / f"{before}")] == [5, 10, 12]
 
@@ -489,3 +489,25 @@ def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone
         assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in cut.glob("*.png"))
     other = Job(tmp_path / "other", *command, "--rho", "2", "--workdir", cut)
     assert other.wait() == [2] and "holds images made with other config: choose another folder" in other.err()
+
+
+@pytest.mark.slow
+def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
+    """The elastic command of the README: --nnodes 1:2, then everything of one agent is killed."""
+    length = ["--train_steps", "150", "--dump_freq", "10", "--log_freq", "10", "--sampling_freq", "0"]
+    shared = ["train.py", *SMALL, *length, "--workdir", tmp_path / "run"]
+    options = ["--nnodes", "1:2", "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "job", "--max-restarts", 2]
+    options += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    options += ["--rdzv_conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"]
+    agents = []
+    for _ in range(2):
+        agents.append(start([*torchrun(*options), *shared]))
+        time.sleep(1)  # so that the first holds the rendezvous
+    wait_for(lambda: len(misc.checkpoints(tmp_path / "run")) > 1, "checkpoint")
+    workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True, check=True).stdout.split()
+    for process in (*map(int, workers), agents[1].pid):
+        os.kill(process, signal.SIGKILL)
+    agents[1].communicate()
+    err = agents[0].communicate(timeout=200)[1]
+    assert agents[0].returncode == 0 and "continuing on 1 rank of 4 what ran on 2 of 4" in err, err
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10, 151, 10))
