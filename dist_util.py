@@ -46,11 +46,41 @@ def session():
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=float(os.environ.get("DIST_TIMEOUT", 1800))))
+        dist.init_process_group(backend, timeout=_timeout(), **_meeting_place())
     yield device
     gather(None)  # leave together: a rank that closes its connections early can bring the others down
     if dist.is_initialized():  # after an error the others may be gone, and leaving politely could wait for them
         dist.destroy_process_group()
+
+
+def _timeout():
+    """How long ranks wait for each other: the environment variable DIST_TIMEOUT, in seconds, or half an hour."""
+    text = os.environ.get("DIST_TIMEOUT", "1800")
+    try:
+        limit = datetime.timedelta(seconds=float(text))
+    except (ValueError, OverflowError):
+        limit = datetime.timedelta(0)
+    if limit < datetime.timedelta(seconds=1):
+        raise UserError(f"the environment variable DIST_TIMEOUT is {text}: it must be a number of seconds, 1 or more")
+    return limit
+
+
+def _meeting_place():
+    """Where ranks find each other, as arguments of init_process_group; by default what torchrun says.
+
+    torchrun 2.11 gives the processes that it restarts the same store of addresses, in which those of the dead ones still are:
+    who reads them before they are replaced connects to nobody.  On one machine the number of restarts tells them apart.  On
+    several it differs, and torchrun has to be told to make a new store each time.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return {}
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        if rank() == 0:
+            print("warning: for --max-restarts on several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_timeout())
+    name = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return {"store": dist.PrefixStore(name, store), "rank": rank(), "world_size": world_size()}
 
 
 class StopSignals:

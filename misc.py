@@ -598,7 +598,7 @@ def latest_checkpoint(workdir):
     """
     pointer = Path(workdir) / "latest.pth"
     if pointer.is_symlink():
-        return pointer.with_name(os.readlink(pointer))
+        return pointer.parent / os.readlink(pointer)
     return (checkpoints(workdir) or [None])[-1]
 
 
@@ -716,13 +716,13 @@ class Trained:
         }
 
 
-def override(config, flags, path, sections=("task", "data", "network"), free=()):
+def override(config, flags, path, sections=("task", "data", "network"), free=("dropout", "label_dropout")):
     """The configuration of the checkpoint `path` with explicit flags over it.
 
     UserError with the list of the flags that differ in these sections: by default in what shaped the weights and cannot be
     another.  Flags in `free`, or of where and how the data is read, may always differ.
     """
-    free = ("data_path", "num_workers", *(free or ("dropout", "label_dropout")))
+    free = ("data_path", "num_workers", *free)
     settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
     different = [
         f"--{key} is {flags[key]} and was {value}" for key, value in settings.items() if flags.get(key, value) != value

@@ -328,6 +328,7 @@ class Plan:
     saved: dict | None  # content of the checkpoint to continue
     path: Path | None  # that checkpoint
     origin: str | None  # SHA-256 of the checkpoint that the run in workdir began from with --resume
+    teacher_hash: str | None  # SHA-256 of the teacher's checkpoint
 
     @property
     def in_place(self):
@@ -349,7 +350,7 @@ def make_plan(run, flags, device):
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
     saved = load_run(run.resume) if run.resume else None
     mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
-    teacher, inherited = None, {}
+    teacher, teacher_hash, inherited = None, None, {}
     if mode == "denoiser" and run.teacher:
         raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
     if mode == "characteristic":
@@ -358,6 +359,7 @@ def make_plan(run, flags, device):
         teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
         if teacher.config.task.mode != "denoiser":
             raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
+        teacher_hash = misc.file_hash(run.teacher)
         inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
     config = misc.override(saved["config"], flags, run.resume) if saved else defaults.resolve({**inherited, **flags})
     workdir = Path(run.workdir or f"logs/{config.data.data_name}-{mode}")
@@ -365,11 +367,16 @@ def make_plan(run, flags, device):
 
     misc.check_folder(workdir, "workdir")
     latest = misc.latest_checkpoint(workdir)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # the same command, after a rank died
+    restarted = latest and is_restart(workdir)
     if latest and run.fresh and not restarted:
         if not run.force:
             raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
     elif latest:
+        if not latest.exists():
+            raise UserError(
+                f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
+                "continue from the last checkpoint there is"
+            )
         if saved and not restarted and path.resolve() != latest.resolve():
             if path.parent.resolve() == workdir.resolve():
                 raise UserError(f"--workdir {workdir} has gone beyond {path}: choose another folder to go back to it")
@@ -379,16 +386,23 @@ def make_plan(run, flags, device):
         path, saved = latest, load_run(latest)
         config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
         origin = saved["run"]["origin"]
-        if teacher and saved["run"]["teacher"] != misc.file_hash(run.teacher):
-            raise UserError(f"{run.teacher} is not the teacher of the run in {workdir}: name that one, or another --workdir")
-    plan = Plan(config, workdir, teacher, saved, path, origin)
+    plan = Plan(config, workdir, teacher, saved, path, origin, teacher_hash)
     if saved:
         step, last = saved["step"], config.train.train_steps
         if step > last or step == last and not plan.in_place:
             raise UserError(f"{path} is at step {step} already: to train longer, raise --train_steps")
-        if teacher and (config.network, config.data) != (teacher.config.network, teacher.config.data):
-            raise UserError(f"{run.teacher} is not the teacher of {path}: their data or networks differ")
+        if saved["run"]["teacher"] != teacher_hash:
+            raise UserError(f"{run.teacher} is not the teacher that {path} began with: name that one, or begin a new run")
     return plan
+
+
+def is_restart(workdir):
+    """Whether torchrun has started this run again after a process died: by the same command, --fresh too, but to go on."""
+    try:
+        begun_by = (workdir / ".lock").read_text()
+    except OSError:
+        return False
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and begun_by == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def load_run(path):
@@ -438,28 +452,42 @@ def fit_to_ranks(config, flags, saved):
     return config
 
 
-def prepare_workdir(plan, fresh, keep):
-    """Make the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
+def lock_workdir(workdir):
+    """A handle on {workdir}/.lock that keeps other runs out of the folder for as long as this process lives.
 
-    Returns a handle that locks the folder for as long as this process lives.
+    The file holds torchrun's name of the job, for is_restart().  UserError if another run is in the folder.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "a")  # noqa: SIM115
+        for attempt in range(10, -1, -1):
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not attempt:
+                    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
+                time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
+            except OSError:  # a file system without locks
+                break
+        lock.truncate(0)
+        lock.write(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+        lock.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
+    return lock
+
+
+def prepare_workdir(plan, fresh, keep):
+    """Make and lock the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
+
+    Returns the lock.
     """
     workdir, start = plan.workdir, plan.saved["step"] if plan.saved else 0
     lines = read_metrics(workdir) if plan.in_place else []
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
-    for attempt in range(10, -1, -1):
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if not attempt:
-                raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
-            time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
-        except OSError:  # a file system without locks
-            break
+    lock = lock_workdir(workdir)
+    if not fresh and misc.latest_checkpoint(workdir) != (plan.path if plan.in_place else None):
+        raise UserError(f"--workdir {workdir} has just been written to by another run: start the command again")
     for folder in (workdir, workdir / "samples"):
         misc.remove_leftovers(folder)
     if fresh:
@@ -616,7 +644,7 @@ def train(run, flags, device):
         nonlocal last_saved
         if done != last_saved:
             kept = {"ranks": world, "bsz": cfg.bsz, "images": len(dataset), "origin": plan.origin, "skipped": skipped}
-            kept |= {"skipped_in_a_row": in_a_row, "teacher": misc.file_hash(run.teacher) if teacher else None}
+            kept |= {"skipped_in_a_row": in_a_row, "teacher": plan.teacher_hash}
             kept["window"] = window.content()
             state = (model, ema, optim, done, config, mean.cpu(), kept)
             dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, *state, run.keep))

@@ -299,7 +299,7 @@ CASES = [
     (nothing, "train.py --mode characteristic --teacher nowhere.pth", "there is no checkpoint nowhere.pth"),
     (nothing, "train.py --teacher x.pth", "--teacher is for stage 2"),
     (copy("flow"), f"{FLOW} --teacher flow/latest.pth {OUT}", "flow/latest.pth is a flow map: --teacher takes a denoiser"),
-    (copy("ode", "flow"), f"{FLOW} --teacher ode/DDPMpp-000002.pth --workdir flow", "is not the teacher of the run in flow"),
+    (copy("ode", "flow"), f"{FLOW} --teacher ode/DDPMpp-000002.pth --workdir flow", "is not the teacher that flow/DDPMpp"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth --workdir ode", "--mode is characteristic and was denoiser"),
     (copy("ode"), f"{RUN} --workdir ode --model_channels 16 --lr 1 --data_name mnist",
      "ode/DDPMpp-000004.pth was made with other settings: --data_name is mnist and was digits; "
@@ -319,7 +319,7 @@ CASES = [
     (checkpoint(set_key("model", BIAS, torch.full((1,), float("inf")))), RESUME, f"{BIAS} is not finite"),
     (workdir(set_key("step", -1)), f"{RUN} --workdir ode", "its step is -1"),
     (both(copy("ode"), put("ode/metrics.jsonl", "no json\n")), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
-    (dangling, f"{RUN} --workdir ode", "there is no checkpoint ode/DDPMpp-000009.pth"),
+    (dangling, f"{RUN} --workdir ode", "ode/latest.pth points to DDPMpp-000009.pth, which is missing: put it back"),
 
     # zips, pictures, arrays
     (zipped(**{"../x.png": png(), "a.png": png()}), DATA, "holds ../x.png, a path that leads out of it"),

@@ -184,12 +184,13 @@ def torchrun(*options):
     return [sys.executable, "-m", "torch.distributed.run", *map(str, options)]
 
 
-QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
 
 
-def start(command, prefix=()):
+def start(command, prefix=(), **environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*prefix, *map(str, command)], cwd=ROOT, env=QUIET, start_new_session=True, **pipes)
+    everything = {**QUIET, **environment}
+    return subprocess.Popen([*prefix, *map(str, command)], cwd=ROOT, env=everything, start_new_session=True, **pipes)
 
 
 def test_torchrun_that_is_stopped_leaves_a_checkpoint(tmp_path):
@@ -328,7 +329,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(tmp_pat
 
 def fill_disk_for_metrics():
     def full(path, mode="r"):
-        if mode == "a":
+        if str(path).endswith("metrics.jsonl") and mode == "a":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return open(path, mode)
 
@@ -501,7 +502,7 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     options += ["--rdzv_conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"]
     agents = []
     for _ in range(2):
-        agents.append(start([*torchrun(*options), *shared]))
+        agents.append(start([*torchrun(*options), *shared], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
         time.sleep(1)  # so that the first holds the rendezvous
     wait_for(lambda: len(misc.checkpoints(tmp_path / "run")) > 1, "checkpoint")
     workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True, check=True).stdout.split()
@@ -511,3 +512,10 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     err = agents[0].communicate(timeout=200)[1]
     assert agents[0].returncode == 0 and "continuing on 1 rank of 4 what ran on 2 of 4" in err, err
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10, 151, 10))
+
+
+@pytest.mark.parametrize("limit", ["soon", "0", "nan"])
+def test_a_timeout_that_is_no_time_is_refused(tmp_path, limit):
+    arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
+    job = Job(tmp_path / "log", *arguments, ranks=2, environment={"DIST_TIMEOUT": limit})
+    assert job.wait() == [2, 2] and job.err().count("error: the environment variable DIST_TIMEOUT") == 1, job.err()
