@@ -153,7 +153,7 @@ def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(t
     shared = ["train.py", *SMALL]
     job = Job(tmp_path / "log", *shared, *ENDLESS, "--workdir", tmp_path / "run", ranks=ranks)
     wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
-    time.sleep(random.random() / 2)
+    time.sleep(0.2)
     job.signal(number, asked)
     assert job.wait(20) == [128 + number] * ranks, job.err()
     assert job.err().count(f"stopped by {number.name}; the same command continues") == 1 and "Traceback" not in job.err()
@@ -215,18 +215,21 @@ dist_util.launch(train.main)
 """
 
 
-def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path, teacher):
+@pytest.mark.parametrize("machines", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path, teacher, machines):
     """--fresh does not begin anew then, nor does --force remove anything."""
     (tmp_path / "script.py").write_text(DIES_ONCE)
     arguments = command("trajectory", teacher)
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "DDPMpp-000099.pth").write_bytes(b"an earlier run")
     again = ["--workdir", tmp_path / "killed", "--fresh", "--force"]
-    agent = start(
-        [*torchrun("--standalone", "--nproc_per_node", 2, "--max-restarts", 1), tmp_path / "script.py", *arguments[1:], *again]
-    )
-    err = agent.communicate(timeout=120)[1]
-    assert agent.returncode == 0 and "continuing" in err and "at step 6 of 12" in err, err
+    meet = ["--rdzv_backend", "c10d", "--rdzv_id", "job", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    options = ["--nnodes", machines, "--nproc_per_node", 2 // machines, "--max-restarts", 1, *meet]
+    script = [*torchrun(*options), tmp_path / "script.py", *arguments[1:], *again]
+    agents = [start(script, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(machines - 1)) for _ in range(machines)]
+    errs = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0] * machines, errs
+    assert any("continuing" in err and "at step 6 of 12" in err for err in errs), errs
     assert Job(tmp_path / "log", *arguments, "--workdir", tmp_path / "whole", ranks=2).wait() == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
