@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import defaults
-from conftest import ROOT, run
+from conftest import ROOT, launch
 from dist_util import UserError
 
 SCRIPTS = ("train", "eval", "fid", "teaser", "compare")
@@ -81,7 +81,7 @@ def test_readme_commands_are_parsed_by_their_scripts(command):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[script].startswith("benchmarks/"):
         assert (ROOT / words[script]).is_file()
-        run(words[script], "--help")
+        launch(words[script], "--help")
         return
     module = importlib.import_module(words[script].removesuffix(".py"))
     _, flags = defaults.parse(module.Run, sections_of(module), words[script + 1 :])
@@ -97,7 +97,7 @@ def sections_of(module):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag(script):
-    text = run(f"{script}.py", "--help").stdout
+    text = launch(f"{script}.py", "--help").stdout
     module = importlib.import_module(script)
     sections = [module.Run] + [defaults.SECTIONS[name] for name in sections_of(module)]
     for section in sections:
@@ -277,5 +277,5 @@ def test_any_other_content_of_a_file_is_no_configuration(content):
 
 
 def test_mistakes_on_several_ranks_are_reported_once():
-    done = run("train.py", "--mode", "characteristic", ranks=2, expect=1)  # torchrun's own status
+    done = launch("train.py", "--mode", "characteristic", ranks=2, expect=1)  # torchrun's own status
     assert done.stderr.count("error: --teacher is missing") == 1 and "Error:" not in done.stderr.split("torch.distributed")[0]

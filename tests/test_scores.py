@@ -15,7 +15,7 @@ from PIL import Image
 import fid
 import inception
 import misc
-from conftest import golden_images, run
+from conftest import golden_images, launch, run
 from dist_util import UserError
 
 CPU = torch.device("cpu")
@@ -213,7 +213,7 @@ def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
     for ranks in (1, 2):
         where = ["--mode", "gen", "--img_folder", folder, "--dest", tmp_path / f"{ranks}.npz"]
         # Without `--` torchrun takes --num for an abbreviation of a flag of its own.
-        run("--", "fid.py", *where, "--num", "20", "--seed", "3", "--metrics", "pr", ranks=ranks)
+        launch("--", "fid.py", *where, "--num", "20", "--seed", "3", "--metrics", "pr", ranks=ranks)
     one, two = (misc.read_statistics(tmp_path / f"{ranks}.npz", features=True) for ranks in (1, 2))
     assert np.array_equal(one.sigma, two.sigma) and torch.equal(one.features, two.features)
     assert one.metadata["n"] == 20 and one.metadata["subset"] == {"of": 37, "seed": 3}
@@ -674,7 +674,7 @@ def test_bad_sets_end_all_ranks_with_one_line(tmp_path, name):
     """The bad image is the sixth, which the second rank reads, and the first does not."""
     make, message = BAD_SETS[name]
     make(tmp_path / "x")
-    done = run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "x", "--dest", tmp_path / "s.npz", ranks=2, expect=1)
+    done = run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "x", "--dest", tmp_path / "s.npz", ranks=2, expect=2)
     assert done.stderr.count("error: ") == 1 and message in done.stderr and not (tmp_path / "s.npz").exists()
 
 

@@ -14,7 +14,7 @@ import defaults
 import misc
 import sde
 import train
-from conftest import ROOT, TINY_NETWORK, TINY_RUN, run
+from conftest import ROOT, TINY_NETWORK, TINY_RUN, launch, run
 
 
 def tiny_config(**flags):
@@ -42,14 +42,18 @@ GRADIENTS = """
 import sys, torch, dist_util, train
 sys.path.insert(0, "tests")
 from test_training import gradient_model, gradient_objective, gradient_batch
-world, rounds = dist_util.world_size(), int(sys.argv[1])
-with dist_util.session():
-    model = gradient_model()
-    pieces = list(zip(*(x.chunk(world * rounds) for x in gradient_batch())))
-    mine = pieces[dist_util.rank() :: world]
-    train.accumulate(model, gradient_objective(model), lambda r: mine[r], rounds)
-    if dist_util.rank() == 0:
-        torch.save([p.grad for p in model.parameters()], sys.argv[2])
+
+def main():
+    world, rounds = dist_util.world_size(), int(sys.argv[1])
+    with dist_util.session():
+        model = gradient_model()
+        pieces = list(zip(*(x.chunk(world * rounds) for x in gradient_batch())))
+        mine = pieces[dist_util.rank() :: world]
+        train.accumulate(model, gradient_objective(model), lambda r: mine[r], rounds)
+        if dist_util.rank() == 0:
+            torch.save([p.grad for p in model.parameters()], sys.argv[2])
+
+dist_util.launch(main)
 """
 
 
@@ -78,7 +82,7 @@ def gradient_objective(model):
 def test_two_ranks_of_two_rounds_give_the_gradients_of_one(tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + GRADIENTS)
-    run(script, 2, tmp_path / "split.pt", ranks=2)
+    launch(script, 2, tmp_path / "split.pt", ranks=2)
     model = gradient_model()
     train.accumulate(model, gradient_objective(model), lambda r: gradient_batch(), 1)
     for p, split in zip(model.parameters(), torch.load(tmp_path / "split.pt")):
