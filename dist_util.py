@@ -86,7 +86,7 @@ def _meeting_place():
 class StopSignals:
     """Context in which SIGTERM and SIGINT are noted in `received` instead of ending the process: a step can be finished.
 
-    Within at_once() they raise Stopped, as does a second SIGINT to a run without torchrun, which passes each on twice.
+    Within at_once() they raise Stopped.  More of them change nothing, so that Ctrl-C pressed twice costs no checkpoint.
     """
 
     def __init__(self):
@@ -97,16 +97,20 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, where):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        if self.received and kind and issubclass(kind, RuntimeError) and dist.is_initialized():
+        if self.received is None:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+        elif kind and issubclass(kind, RuntimeError) and dist.is_initialized():
             raise Stopped(self.received) from error  # another rank left first, since it was asked to as well
 
     def note(self, number, frame):
-        again = self.received is not None and number == signal.SIGINT and "RANK" not in os.environ
-        self.received = number
-        if self.urgent or again:
-            raise Stopped(number)
+        if self.received is None:
+            self.received = number
+            if rank() == 0:
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: finishing the step and writing a checkpoint (kill -9 leaves without)\n".encode())
+            if self.urgent:
+                raise Stopped(number)
 
     @contextmanager
     def at_once(self):
@@ -126,6 +130,8 @@ def launch(main):
     A signal that asked the run to stop becomes 128 and its number: 143 for SIGTERM, 130 for SIGINT.
     """
     status = _run(main)
+    for number in (signal.SIGTERM, signal.SIGINT):  # it is leaving, and would do so with a traceback or another status
+        signal.signal(number, signal.SIG_IGN)
     if "RANK" in os.environ:
         # Threads of torch that outlive the process group may want the interpreter's lock while it is being torn down, which
         # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.  Nor is the process

@@ -37,7 +37,10 @@ def prepare(workdir, trained, run):
     if path.exists():
         try:
             found = json.loads(path.read_text())
-            different = [key for key in record if key != "checkpoint" and found[key] != record[key]]
+            different = ["checkpoint"] if found["sha256"] != record["sha256"] else []
+            different += [key for key in ("start_seed", "end_seed") if found[key] != record[key]]
+            for section, settings in record["config"].items():
+                different += [key for key in settings if found["config"][section][key] != settings[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
         if different:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import http.client
 import io
@@ -55,7 +56,9 @@ def atomic(path, sync=True):
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror or cause}; free some space or choose another place") from error
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space or choose another place" if full else "choose another place"
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}; {advice}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -78,21 +81,21 @@ def remove_leftovers(folder):
                 path.unlink()
 
 
-def check_writable(path):
+def check_writable(path, advice="name another file"):
     """UserError if it is plain that a file `path` cannot be written: before the work that makes its content, not after."""
     path = Path(path)
     try:
         place = next(parent for parent in path.absolute().parents if parent.exists())
         path.exists()
     except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error
     if path.is_dir() or not place.is_dir():
         why = "it is a folder" if path.is_dir() else f"{place} is a file"
-        raise UserError(f"cannot write {path}: {why}; name another file")
+        raise UserError(f"cannot write {path}: {why}; {advice}")
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); name another file") from error
+        raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); {advice}") from error
 
 
 def check_folder(folder, flag):
@@ -104,7 +107,7 @@ def check_folder(folder, flag):
         is_file = False  # check_writable says what is wrong with it
     if is_file:
         raise UserError(f"--{flag} {folder} is a file: choose a folder")
-    check_writable(folder / "config.json")
+    check_writable(folder / "any", f"choose another --{flag}")
 
 
 def write_json(path, value):

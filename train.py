@@ -37,8 +37,8 @@ class Run:
     resume: str | None = setting(
         None, "checkpoint that a new --workdir begins from; a --workdir that holds a run is continued without it"
     )
-    fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force, which removes it")
-    force: bool = setting(False, "see --fresh")
+    fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
+    force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
     keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
     ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
     inception_weights: str | None = setting(
@@ -350,6 +350,10 @@ def make_plan(run, flags, device):
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
     saved = load_run(run.resume) if run.resume else None
     mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
+    if flags.get("mode", mode) != mode:
+        raise UserError(
+            f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 begins with --teacher alone"
+        )
     teacher, teacher_hash, inherited = None, None, {}
     if mode == "denoiser" and run.teacher:
         raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
@@ -383,7 +387,10 @@ def make_plan(run, flags, device):
             if load_run(latest)["run"]["origin"] != origin:
                 raise UserError(f"--workdir {workdir} holds a run that did not begin from {path}: choose another folder")
             misc.log(f"{workdir} holds the run that began from {path}, and continues")
-        path, saved = latest, load_run(latest)
+        try:
+            path, saved = latest, load_run(latest)
+        except UserError as error:
+            raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
         config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
         origin = saved["run"]["origin"]
     plan = Plan(config, workdir, teacher, saved, path, origin, teacher_hash)

@@ -149,12 +149,14 @@ def has_trained(workdir):
     [(signal.SIGTERM, 1, None), (signal.SIGINT, 1, None), (signal.SIGTERM, 2, None), (signal.SIGTERM, 2, [1])],
 )
 def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(tmp_path, number, ranks, asked):
-    """Also if one rank alone is told, and not the first."""
+    """Also if one rank alone is told, and not the first; and if Ctrl-C is pressed again and again."""
     shared = ["train.py", *SMALL]
     job = Job(tmp_path / "log", *shared, *ENDLESS, "--workdir", tmp_path / "run", ranks=ranks)
     wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
     time.sleep(0.2)
-    job.signal(number, asked)
+    for _ in range(25 if number == signal.SIGINT else 1):
+        job.signal(number, asked)
+        time.sleep(0.02)
     assert job.wait(20) == [128 + number] * ranks, job.err()
     assert job.err().count(f"stopped by {number.name}; the same command continues") == 1 and "Traceback" not in job.err()
     step = train.load_run(misc.latest_checkpoint(tmp_path / "run"))["step"]
@@ -322,7 +324,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(tmp_pat
     job = Job(tmp_path / "full", *run, ranks=ranks, prepare=partial(limit_files, 200_000))
     assert job.wait() == [2] * ranks
     errors = [line for line in job.err().splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "DDPMpp-000009.pth: File too large; free some space" in errors[0], job.err()
+    assert len(errors) == 1 and "DDPMpp-000009.pth: File too large; choose another place" in errors[0], job.err()
     assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth" and "Traceback" not in job.err()
     assert not list((tmp_path / "run").glob(".*.tmp"))
     for name in ("run", "whole"):
@@ -492,7 +494,7 @@ def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone
         assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
         assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in cut.glob("*.png"))
     other = Job(tmp_path / "other", *command, "--rho", "2", "--workdir", cut)
-    assert other.wait() == [2] and "holds images made with other config: choose another folder" in other.err()
+    assert other.wait() == [2] and "holds images made with other rho: choose another folder" in other.err()
 
 
 @pytest.mark.slow
