@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import sys
 import tempfile
@@ -511,6 +512,12 @@ class Batches:
             position += self.bsz * dist_util.world_size()
 
 
+def _ignore_signals(worker):
+    """A reading process leaves when its parent does: one that a signal to all ended first would take the checkpoint along."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset, data, train, start):
     """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round, for this rank.
 
@@ -524,6 +531,7 @@ def batches(dataset, data, train, start):
         num_workers=data.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=data.num_workers > 0,
+        worker_init_fn=_ignore_signals,
     )
     with worker_errors(LoneError):
         yield from loader
@@ -635,8 +643,13 @@ def save_checkpoint(workdir, model, ema, optim, step, config, mean, run, keep=0)
 
 
 def remove_old(workdir, keep):
-    """Of a folder's checkpoints keep the last ones, so many of them, or all if 0."""
-    for old in checkpoints(workdir)[:-keep] if keep else []:
+    """Of a folder's checkpoints, up to what latest.pth points to, keep the last ones, so many of them, or all if 0.
+
+    One beyond it is left by a kill before the pointing, and does not count: it is written again.
+    """
+    known, latest = checkpoints(workdir), latest_checkpoint(workdir)
+    known = known[: known.index(latest) + 1] if latest in known else []
+    for old in known[:-keep] if keep else []:
         with suppress(OSError):  # somebody else removed it
             old.unlink()
 

@@ -168,6 +168,26 @@ def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(t
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+def test_a_signal_to_reading_processes_too_ends_in_a_checkpoint(tmp_path):
+    """As from a terminal or from torchrun, which tell the whole process group."""
+    more = ["--num_workers", "2", "--dump_freq", "100000", "--workdir", tmp_path / "run"]
+    process = start([sys.executable, "train.py", *SMALL, *ENDLESS, *more])
+    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
+    os.killpg(process.pid, signal.SIGTERM)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 143 and "Traceback" not in err, err
+    assert misc.latest_checkpoint(tmp_path / "run").exists()
+
+
+def test_rotation_keeps_what_latest_points_to(tmp_path):
+    """A kill between writing a checkpoint and pointing to it leaves a later one, which may be all that --keep 1 counts."""
+    for step in (1, 2, 3):
+        (tmp_path / f"DDPMpp-{step:06d}.pth").touch()
+    (tmp_path / "latest.pth").symlink_to("DDPMpp-000002.pth")
+    misc.remove_old(tmp_path, 1)
+    assert [path.name for path in misc.checkpoints(tmp_path)] == ["DDPMpp-000002.pth", "DDPMpp-000003.pth"]
+
+
 def test_a_signal_interrupts_a_score_which_is_made_when_the_run_goes_on(tmp_path):
     reference = tmp_path / "digits.npz"
     assert Job(tmp_path / "log.ref", "fid.py", "--mode", "ref", "--data_name", "digits", "--dest", reference).wait() == [0]
