@@ -83,25 +83,34 @@ def _meeting_place():
     return {"store": dist.PrefixStore(name, store), "rank": rank(), "world_size": world_size()}
 
 
-class StopSignals:
-    """Context in which SIGTERM and SIGINT are noted in `received` instead of ending the process: a step can be finished.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    Within at_once() they raise Stopped.  More of them change nothing, so that Ctrl-C pressed twice costs no checkpoint.
+
+def strongest(votes):
+    """Of SIGNALS, with how many ranks have received each, the first that any has; or None."""
+    return next((number for number, count in zip(SIGNALS, votes) if count), None)
+
+
+class StopSignals:
+    """Context in which SIGTERM and SIGINT are noted instead of ending the process: a step can be finished.
+
+    Ranks tell each other with votes() and strongest(), or with poll(), and leave together.  More signals change nothing, so
+    that Ctrl-C pressed twice costs no checkpoint.
     """
 
     def __init__(self):
-        self.received, self.urgent = None, False
+        self.received = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
     def __exit__(self, kind, error, where):
         if self.received is None:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
-        elif kind and issubclass(kind, RuntimeError) and dist.is_initialized():
-            raise Stopped(self.received) from error  # another rank left first, since it was asked to as well
+        elif kind and is_loss_of_a_rank(error):
+            raise Stopped(self.received) from error  # the other was asked to stop as well, and did not finish its step
 
     def note(self, number, frame):
         if self.received is None:
@@ -109,19 +118,22 @@ class StopSignals:
             if rank() == 0:
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: finishing the step and writing a checkpoint (kill -9 leaves without)\n".encode())
-            if self.urgent:
-                raise Stopped(number)
 
-    @contextmanager
-    def at_once(self):
-        """For work that may take long and can be begun again."""
-        self.urgent = True
-        try:
-            if self.received:
-                raise Stopped(self.received)
-            yield
-        finally:
-            self.urgent = False
+    def votes(self):
+        """[0 or 1 for each of SIGNALS]: what this rank has received."""
+        return [float(self.received == number) for number in SIGNALS]
+
+    def poll(self, busy=True):
+        """Stopped on all ranks if any has received a signal; else whether any is busy.  All ranks call this together."""
+        *votes, busy = sum_over_ranks(torch.tensor([*self.votes(), float(busy)])).tolist()
+        if number := strongest(votes):
+            raise Stopped(number)
+        return bool(busy)
+
+
+def is_loss_of_a_rank(error):
+    """Whether an exception is that of gloo or NCCL when another rank has gone, or has been waited for too long."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def launch(main):
@@ -173,7 +185,7 @@ def _run(main):
             return 2
         if "RANK" not in os.environ:
             raise
-        if "gloo" in text[0]:
+        if is_loss_of_a_rank(error):
             print(
                 f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text[0]})",
                 file=sys.stderr,

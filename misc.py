@@ -17,7 +17,6 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
-from collections import deque
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -860,21 +859,29 @@ def solve(trained, seeds):
     yield from sde.sample(step, x, ts, churn if sampling.churn else None)
 
 
-def generate(trained, seeds, desc="sampling"):
-    """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar."""
+def generate(trained, seeds, desc="sampling", poll=None):
+    """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar.
+
+    poll() is called after each step of the solver: by raising, it ends work that takes long.
+    """
     with progress(len(seeds), desc) as bar:
         for start in range(0, len(seeds), trained.config.sampling.eval_bsz):
             batch = seeds[start : start + trained.config.sampling.eval_bsz]
-            x = deque(solve(trained, batch), maxlen=1).pop()
+            for x in solve(trained, batch):  # noqa: B007 (the last is the images)
+                if poll:
+                    poll()
             yield batch, to_uint8(x, trained.config.data.centered)
             bar.update(len(batch))
 
 
 class Generated:
-    """The images of a trained model with these seeds, as a set to be measured that never touches the disk."""
+    """The images of a trained model with these seeds, as a set to be measured that never touches the disk.
 
-    def __init__(self, trained, seeds):
-        self.trained, self.seeds = trained, seeds
+    With StopSignals.poll as `poll`, the ranks that draw them stop together.
+    """
+
+    def __init__(self, trained, seeds, poll=None):
+        self.trained, self.seeds, self.poll = trained, seeds, poll
 
     def __len__(self):
         return len(self.seeds)
@@ -1065,11 +1072,13 @@ def read(source, indices, num_workers=0):
     """Yield the uint8 images (B, C, H, W), B up to BATCH, of a data set or of Generated images, with a progress bar."""
     if isinstance(source, Generated):
         rest = torch.empty(0, *source.shape, dtype=torch.uint8)
-        for _, images in generate(source.trained, [source.seeds[i] for i in indices]):
+        for _, images in generate(source.trained, [source.seeds[i] for i in indices], poll=source.poll):
             *full, rest = torch.cat([rest, images]).split(BATCH)
             yield from full
         if len(rest):
             yield rest
+        while source.poll and source.poll(busy=False):  # until the ranks with more batches have theirs
+            pass
         return
     chunks = [list(indices[i : i + BATCH]) for i in range(0, len(indices), BATCH)]
     workers = min(num_workers, len(chunks))

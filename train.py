@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,11 +239,12 @@ def learning_rate(step, train):
     return train.lr * warmup * decay
 
 
-def accumulate(model, objective, draw, rounds, asked_to_stop=False):
+def accumulate(model, objective, draw, rounds, signals=(0, 0)):
     """Gradients of the mean of the objective over rounds and ranks, left in .grad.
 
-    draw(r) gives the objective's arguments for round r of `rounds`.  Returns the means over rounds of the objective's logs,
-    whether any rank was asked to stop, and whether the loss was finite on all of them.
+    draw(r) gives the objective's arguments for round r of `rounds`; `signals` are this rank's StopSignals.votes().  Returns the
+    means over rounds of the objective's logs, the signal that asked any rank to stop or None, and whether the loss was finite
+    on all of them.
     """
     totals = {}
     for r in range(rounds):
@@ -252,10 +252,10 @@ def accumulate(model, objective, draw, rounds, asked_to_stop=False):
         (loss / rounds).backward()
         for name, value in logs.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / rounds
-    bad = ~torch.isfinite(totals["loss"])
-    votes = torch.stack([torch.full_like(totals["loss"], float(asked_to_stop)), bad.to(totals["loss"].dtype)])
-    stopping, bad = dist_util.average_gradients(list(model.parameters()), votes).tolist()
-    return totals, bool(stopping), not bad
+    loss = totals["loss"]
+    votes = torch.cat([loss.new_tensor(signals), ~torch.isfinite(loss)[None]])
+    *signals, bad = dist_util.average_gradients(list(model.parameters()), votes).tolist()
+    return totals, dist_util.strongest(signals), not bad
 
 
 class Window:
@@ -549,8 +549,8 @@ class Score:
     def is_recorded(self, workdir, step):
         return any(line["step"] == step and self.name in line for line in read_metrics(workdir))
 
-    def __call__(self, trained):
-        images = misc.measure(misc.Generated(trained, range(self.count)), self.extract)
+    def __call__(self, trained, poll):
+        images = misc.measure(misc.Generated(trained, range(self.count), poll), self.extract)
         return dist_util.on_first_rank(lambda: misc.frechet_distance(self.reference, images))
 
 
@@ -674,8 +674,7 @@ def train(run, flags, device):
             dist_util.on_first_rank(lambda: fresh and draw_samples(picture, preview(ema.module, config, mean)))
         if score and due(done, cfg.fid_freq) and (done > start or not dist_util.gather(score.is_recorded(workdir, done))[0]):
             save(done)
-            with stop.at_once():
-                value = score(preview(ema.module, config, mean))
+            value = score(preview(ema.module, config, mean), stop.poll)
             if rank == 0:
                 record({"step": done, score.name: value, "images": cfg.fid_num})
                 shown[score.name] = f"{value:.4f}"
@@ -690,9 +689,7 @@ def train(run, flags, device):
             if teacher:
                 objective.start_step(step)
             optim.zero_grad(set_to_none=True)
-            logs, stopping, finite = accumulate(
-                model, objective, lambda r: draw_round(step, r), rounds, stop.received is not None
-            )
+            logs, stopping, finite = accumulate(model, objective, lambda r: draw_round(step, r), rounds, stop.votes())
             logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             if finite and math.isfinite(logs["grad_norm"]):
                 for group in optim.param_groups:
@@ -725,7 +722,7 @@ def train(run, flags, device):
             with clock.paused():  # images/s is that of training
                 if stopping:
                     save(done)
-                    raise Stopped(stop.received or signal.SIGTERM)
+                    raise Stopped(stopping)
                 if due(done, cfg.dump_freq):
                     save(done)
                 draw_and_score(done)

@@ -168,6 +168,36 @@ def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(t
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+def test_ranks_that_are_sent_different_signals_leave_with_the_same_status(tmp_path):
+    job = Job(tmp_path / "log", "train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run", ranks=2)
+    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
+    for rank, number in enumerate((signal.SIGINT, signal.SIGTERM)):
+        job.signal(signal.SIGSTOP, [rank])
+        job.signal(number, [rank])
+    job.signal(signal.SIGCONT)
+    assert job.wait(20) in ([143, 143], [130, 130]), job.err()
+    assert "stopped by" in job.err() and "Traceback" not in job.err()
+
+
+def exhaust_memory(steps):
+    """From some step on there is no memory left, and a signal has just been received."""
+    real, calls = torch.Tensor.backward, iter(range(10**9))
+
+    def backward(loss):
+        if next(calls) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
+        real(loss)
+
+    torch.Tensor.backward = backward
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_does_not_hide_why_a_run_failed(tmp_path, ranks):
+    job = Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "run", ranks=ranks, prepare=partial(exhaust_memory, 9))
+    assert job.wait(20) == [2] * ranks and "error: out of memory on rank 0" in job.err(), job.err()
+
+
 def test_a_signal_to_reading_processes_too_ends_in_a_checkpoint(tmp_path):
     """As from a terminal or from torchrun, which tell the whole process group."""
     more = ["--num_workers", "2", "--dump_freq", "100000", "--workdir", tmp_path / "run"]
@@ -188,16 +218,18 @@ def test_rotation_keeps_what_latest_points_to(tmp_path):
     assert [path.name for path in misc.checkpoints(tmp_path)] == ["DDPMpp-000002.pth", "DDPMpp-000003.pth"]
 
 
-def test_a_signal_interrupts_a_score_which_is_made_when_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize(("ranks", "asked"), [(1, [0]), (2, [1])])
+def test_a_signal_interrupts_a_score_which_is_made_when_the_run_goes_on(tmp_path, ranks, asked):
     reference = tmp_path / "digits.npz"
     assert Job(tmp_path / "log.ref", "fid.py", "--mode", "ref", "--data_name", "digits", "--dest", reference).wait() == [0]
     scoring = ["--ref_path", reference, "--fid_freq", "5", "--num_steps", "50", "--train_steps", "8", "--sampling_freq", "0"]
     command = ["train.py", *SMALL, *scoring, "--workdir", tmp_path / "run"]
-    job = Job(tmp_path / "log", *command, "--fid_num", "20000")  # would take minutes
+    job = Job(tmp_path / "log", *command, "--fid_num", "20000", ranks=ranks)  # would take minutes
     wait_for(lambda: "sampling:" in job.err(), "score")
-    job.signal(signal.SIGTERM)
-    assert job.wait(10) == [143], job.err()
-    assert Job(tmp_path / "again", *command, "--fid_num", "4").wait() == [0]
+    job.signal(signal.SIGTERM, asked)
+    assert job.wait(10) == [143] * ranks, job.err()
+    again = Job(tmp_path / "again", *command, "--fid_num", "5", "--eval_bsz", "1", ranks=ranks)  # 3 batches and 2
+    assert again.wait() == [0] * ranks, again.err()
     scores = [line["step"] for line in metrics(tmp_path / "run") if "pixel_fid" in line]
     assert scores == [5, 8] and [line["step"] for line in metrics(tmp_path / "run")] == [5, 5, 8, 8]
 
