@@ -11,8 +11,9 @@ import json
 import math
 import os
 import shutil
+import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -327,7 +328,7 @@ class Plan:
     teacher: misc.Trained | None
     saved: dict | None  # content of the checkpoint to continue
     path: Path | None  # that checkpoint
-    origin: str | None  # SHA-256 of the checkpoint that the run in workdir began from with --resume
+    origin: dict | None  # path and SHA-256 of the checkpoint that the run in workdir began from with --resume
     teacher_hash: str | None  # SHA-256 of the teacher's checkpoint
 
     @property
@@ -336,8 +337,8 @@ class Plan:
         return self.path is not None and self.path.parent.resolve() == self.workdir.resolve()
 
 
-def make_plan(run, flags, device):
-    """The Plan of a command, or UserError.
+def make_plan(run, flags, device, agents):
+    """The Plan of a command, or UserError; `agents` are what torchrun_agent() is on all ranks.
 
     A run that continues takes its settings from its checkpoint, a student its data and network from its teacher.  Whatever
     --workdir holds is continued; --resume names what a new --workdir begins from, --fresh begins anew.
@@ -348,7 +349,10 @@ def make_plan(run, flags, device):
         raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
     if run.keep < 0:
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
-    saved = load_run(run.resume) if run.resume else None
+    source = Path(run.resume) if run.resume else None
+    if source and run.workdir and not source.exists():
+        source = stand_in(run.workdir, source) or source
+    saved = load_run(source) if source else None
     mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
     if flags.get("mode", mode) != mode:
         raise UserError(
@@ -365,13 +369,13 @@ def make_plan(run, flags, device):
             raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
         teacher_hash = misc.file_hash(run.teacher)
         inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
-    config = misc.override(saved["config"], flags, run.resume) if saved else defaults.resolve({**inherited, **flags})
+    config = misc.override(saved["config"], flags, source) if saved else defaults.resolve({**inherited, **flags})
     workdir = Path(run.workdir or f"logs/{config.data.data_name}-{mode}")
-    path, origin = (Path(run.resume), misc.file_hash(run.resume)) if saved else (None, None)
+    path, origin = source, {"path": os.path.abspath(source), "sha256": misc.file_hash(source)} if saved else None
 
     misc.check_folder(workdir, "workdir")
     latest = misc.latest_checkpoint(workdir)
-    restarted = latest and is_restart(workdir)
+    restarted = latest and is_restart(workdir, agents)
     if latest and run.fresh and not restarted:
         if not run.force:
             raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
@@ -381,16 +385,15 @@ def make_plan(run, flags, device):
                 f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
                 "continue from the last checkpoint there is"
             )
-        if saved and not restarted and path.resolve() != latest.resolve():
-            if path.parent.resolve() == workdir.resolve():
-                raise UserError(f"--workdir {workdir} has gone beyond {path}: choose another folder to go back to it")
-            if load_run(latest)["run"]["origin"] != origin:
-                raise UserError(f"--workdir {workdir} holds a run that did not begin from {path}: choose another folder")
-            misc.log(f"{workdir} holds the run that began from {path}, and continues")
         try:
-            path, saved = latest, load_run(latest)
+            held = load_run(latest)
         except UserError as error:
             raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
+        if source and not restarted and source.resolve() != latest.resolve() and not began_from(held, source):
+            if source.parent.resolve() == workdir.resolve():
+                raise UserError(f"--workdir {workdir} has gone beyond {source}: choose another folder to go back to it")
+            raise UserError(f"--workdir {workdir} holds a run that did not begin from {source}: choose another folder")
+        path, saved = latest, held
         config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
         origin = saved["run"]["origin"]
     plan = Plan(config, workdir, teacher, saved, path, origin, teacher_hash)
@@ -403,13 +406,45 @@ def make_plan(run, flags, device):
     return plan
 
 
-def is_restart(workdir):
-    """Whether torchrun has started this run again after a process died: by the same command, --fresh too, but to go on."""
+def began_from(held, source):
+    """Whether a run, the dict of its checkpoint, began by --resume from the checkpoint `source`: its path or its content.
+
+    The path alone will do, since what was there may have gone on (latest.pth), or gone.
+    """
+    origin = held["run"]["origin"]
+    if not origin:
+        return False
+    return origin["path"] == os.path.abspath(source) or source.is_file() and origin["sha256"] == misc.file_hash(source)
+
+
+def stand_in(workdir, source):
+    """The last checkpoint of the run in a folder if that began from the missing `source`; else None."""
+    latest = misc.latest_checkpoint(workdir)
+    return latest if latest and latest.exists() and began_from(load_run(latest), source) else None
+
+
+def torchrun_agent():
+    """What tells the torchrun that started this process from all others, of other jobs and machines; None without one.
+
+    It lives as long as the job, through any restart of its processes.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent, begun = os.getppid(), ""
+    with suppress(OSError):  # systems without /proc
+        begun = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # ticks since the machine started
+    return f"{socket.gethostname()} {agent} {begun}"
+
+
+def is_restart(workdir, agents):
+    """Whether torchrun has started this run again, after a process died or a machine came: by the same command, --fresh too,
+    but to go on.
+    """
     try:
-        begun_by = (workdir / ".lock").read_text()
+        begun_by = (workdir / ".lock").read_text().splitlines()
     except OSError:
         return False
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and begun_by == os.environ.get("TORCHELASTIC_RUN_ID")
+    return any(agent in begun_by for agent in agents)
 
 
 def load_run(path):
@@ -425,8 +460,10 @@ def load_run(path):
         sums = [value for part in run["window"]["sums"] for value in part.values()]
         if not all(type(n) is int and n >= 0 for n in counts) or not all(math.isfinite(value) for value in sums):
             raise ValueError("numbers of another kind")
-        if len(run["window"]["sums"]) != run["ranks"] or not {"origin", "teacher"} <= run.keys():
+        if len(run["window"]["sums"]) != run["ranks"] or "teacher" not in run:
             raise ValueError("parts are missing")
+        if run["origin"] is not None and not all(isinstance(run["origin"][name], str) for name in ("path", "sha256")):
+            raise ValueError("no path and hash")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: what it holds of its run cannot be continued") from error
     return {**saved, "config": config}
@@ -462,7 +499,7 @@ def fit_to_ranks(config, flags, saved):
 def lock_workdir(workdir):
     """A handle on {workdir}/.lock that keeps other runs out of the folder for as long as this process lives.
 
-    The file holds torchrun's name of the job, for is_restart().  UserError if another run is in the folder.
+    UserError if another run is in the folder.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -477,18 +514,15 @@ def lock_workdir(workdir):
                 time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
             except OSError:  # a file system without locks
                 break
-        lock.truncate(0)
-        lock.write(os.environ.get("TORCHELASTIC_RUN_ID", ""))
-        lock.flush()
     except OSError as error:
         raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
     return lock
 
 
-def prepare_workdir(plan, fresh, keep):
+def prepare_workdir(plan, fresh, keep, agents):
     """Make and lock the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
 
-    Returns the lock.
+    Returns the lock.  Its file holds the `agents`, for is_restart(), but only once nothing is left to remove for `fresh`.
     """
     workdir, start = plan.workdir, plan.saved["step"] if plan.saved else 0
     lines = read_metrics(workdir) if plan.in_place else []
@@ -497,10 +531,16 @@ def prepare_workdir(plan, fresh, keep):
         raise UserError(f"--workdir {workdir} has just been written to by another run: start the command again")
     for folder in (workdir, workdir / "samples"):
         misc.remove_leftovers(folder)
-    if fresh:
-        for path in (*misc.checkpoints(workdir), *(workdir / name for name in ("latest.pth", "metrics.jsonl", "loss.png"))):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(workdir / "samples", ignore_errors=True)
+    try:
+        if fresh:
+            for path in (*misc.checkpoints(workdir), *(workdir / name for name in ("latest.pth", "metrics.jsonl", "loss.png"))):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(workdir / "samples", ignore_errors=True)
+        lock.truncate(0)
+        lock.write("\n".join(filter(None, agents)))
+        lock.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
     if plan.in_place:  # it may have been killed before
         misc.remove_old(workdir, keep)
     misc.write_json(workdir / "config.json", defaults.to_dict(plan.config))
@@ -581,7 +621,8 @@ def seed_round(generator, seed, step, r):
 
 
 def train(run, flags, device):
-    plan = dist_util.agree(lambda: make_plan(run, flags, device))
+    agents = dist_util.gather(torchrun_agent())
+    plan = dist_util.agree(lambda: make_plan(run, flags, device, agents))
     saved, teacher, workdir, in_place = plan.saved, plan.teacher, plan.workdir, plan.in_place
     start = saved["step"] if saved else 0
     if len(set(dist_util.gather((str(plan.path), start)))) > 1:
@@ -624,7 +665,8 @@ def train(run, flags, device):
         skipped, in_a_row = saved["run"]["skipped"], saved["run"]["skipped_in_a_row"]
         misc.log(f"continuing {plan.path} at step {start} of {cfg.train_steps}")
     plan = dataclasses.replace(plan, config=config)
-    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, run.fresh and not saved, run.keep))  # noqa: F841 (held until the end)
+    anew = run.fresh and not saved
+    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, anew, run.keep, agents))  # noqa: F841 (held until the end)
 
     if start == cfg.train_steps:
         objective = None

@@ -495,6 +495,37 @@ def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "other")
 
 
+def pretend_other_machine():
+    train.socket.gethostname = lambda: "elsewhere"
+
+
+def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
+    """For whatever reason it does, a machine that joins too, of which torchrun's count of restarts says nothing."""
+    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
+    agent = {"environment": {"TORCHELASTIC_RUN_ID": "none"}}  # its process here is the parent of all jobs
+    assert Job(tmp_path / "first", *shared, **agent, fault=("step", 8)).wait() == [-signal.SIGKILL]
+    again = Job(tmp_path / "again", *shared, **agent)
+    assert again.wait() == [0] and "at step 6 of 12" in again.err(), again.err()
+    for name, options in (("other", {**agent, "prepare": pretend_other_machine}), ("alone", {})):
+        job = Job(tmp_path / name, *shared, **options)
+        assert job.wait() == [0] and "continuing" not in job.err(), job.err()
+
+
+def test_the_command_that_began_from_another_run_continues_when_that_run_has_gone_on_or_is_gone(tmp_path):
+    assert Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "source").wait() == [0]
+    link = tmp_path / "source" / "latest.pth"
+    shared = [*STAGE_1, "--train_steps", "24", "--resume", link, "--workdir", tmp_path / "run"]
+    assert Job(tmp_path / "first", *shared, fault=("step", 5)).wait() == [-signal.SIGKILL]
+    assert Job(tmp_path / "on", *STAGE_1, "--train_steps", "15", "--workdir", tmp_path / "source").wait() == [0]
+    second = Job(tmp_path / "second", *shared, fault=("step", 5))
+    assert second.wait() == [-signal.SIGKILL] and "at step 15 of 24" in second.err(), second.err()
+    link.unlink()
+    third = Job(tmp_path / "third", *shared)
+    assert third.wait() == [0] and "at step 18 of 24" in third.err(), third.err()
+    other = Job(tmp_path / "other", *shared, "--resume", tmp_path / "source" / "DDPMpp-000015.pth")
+    assert other.wait() == [2] and "holds a run that did not begin from" in other.err()
+
+
 def test_a_workdir_takes_one_run_at_a_time(tmp_path):
     arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
     first = Job(tmp_path / "first", *arguments)
@@ -553,7 +584,7 @@ def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone
 def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     """The elastic command of the README: --nnodes 1:2, then everything of one agent is killed."""
     length = ["--train_steps", "150", "--dump_freq", "10", "--log_freq", "10", "--sampling_freq", "0"]
-    shared = ["train.py", *SMALL, *length, "--workdir", tmp_path / "run"]
+    shared = ["train.py", *SMALL, *length, "--workdir", tmp_path / "run", "--fresh", "--force"]
     options = ["--nnodes", "1:2", "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "job", "--max-restarts", 2]
     options += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     options += ["--rdzv_conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"]
