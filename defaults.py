@@ -292,8 +292,11 @@ LIMITS = {
 }
 BETWEEN = {
     # setting: (low, high), both excluded
-    **dict.fromkeys(["train_eps0", "train_eps1", "eval_eps0", "eval_eps1"], (0, 1)),
-    **dict.fromkeys(["sigma_data", "M", "lr", "rho"], (0, float("inf"))),
+    **dict.fromkeys(["train_eps0", "train_eps1", "eval_eps0", "eval_eps1"], (1e-8, 1)),
+    "lr": (0, 10),
+    "sigma_data": (1e-4, 1e4),
+    "M": (0, 1e6),
+    "rho": (0.1, 100),
 }
 
 
@@ -314,7 +317,7 @@ def check(config):
                 fail(f.name, value, f"from {low} to {high}")
             low, high = BETWEEN.get(f.name, (None, None))
             if low is not None and not low < value < high:
-                fail(f.name, value, f"between {low} and {high}" if high == 1 else "positive and finite")
+                fail(f.name, value, f"between {low} and {high}, both excluded")
     data, net, train, sampling = config.data, config.network, config.train, config.sampling
     size, channels, centered = DATA_PRESETS[data.data_name][:3]
     if data.data_name not in ("afhq", "folder") and data.image_size != size:

@@ -50,14 +50,27 @@ def prepare(workdir, trained, run):
     misc.write_json(path, record)
 
 
-def missing(workdir, seeds, size):
-    """The batches of `size` of these seeds of which an image is missing, in one list, and the set of the missing seeds.
+def image_path(workdir, seed):
+    return workdir / f"{seed:06d}.png"
 
-    Whole batches, so that images have the rounding that they would have had without an interruption.
+
+def batches_to_make(workdir, seeds, size):
+    """Of the batches of `size` that each rank makes of its every world_size-th seed, those that lack images, with all their
+    seeds: so images have the rounding that they would have had without an interruption.  The later ones may be smaller.
     """
-    lost = {seed for seed in seeds if not (workdir / f"{seed:06d}.png").exists()}
-    batches = (seeds[i : i + size] for i in range(0, len(seeds), size))
-    return [seed for batch in batches if not lost.isdisjoint(batch) for seed in batch], lost
+    world = dist_util.world_size()
+    shares = [seeds[rank::world] for rank in range(world)]
+    batches = [share[i : i + size] for i in range(0, len(shares[0]), size) for share in shares if i < len(share)]
+    if any(path.suffix == ".png" for path in workdir.iterdir()):
+        with misc.progress(len(seeds), "looking for images") as bar:
+            lacking = []
+            for batch in batches:
+                if not all(misc.is_whole_png(image_path(workdir, seed)) for seed in batch):
+                    lacking.append(batch)
+                bar.update(len(batch))
+        misc.log(f"{workdir} holds images already: {len(lacking)} of {len(batches)} batches are to be made")
+        return lacking
+    return batches
 
 
 def main():
@@ -68,16 +81,16 @@ def main():
         trained = dist_util.agree(lambda: misc.load_model(run.checkpoint, flags, device))
         workdir = Path(run.workdir)
         dist_util.on_first_rank(lambda: prepare(workdir, trained, run))
-        seeds = range(run.start_seed + dist_util.rank(), run.end_seed + 1, dist_util.world_size())
+        seeds, size = range(run.start_seed, run.end_seed + 1), trained.config.sampling.eval_bsz
+        batches = dist_util.gather(dist_util.on_first_rank(lambda: batches_to_make(workdir, seeds, size)))[0]
+        mine = batches[dist_util.rank() :: dist_util.world_size()]  # an equal share, also of what an interruption left
+        mine = [seed for batch in mine for seed in batch]  # generate() cuts them into the same ones: all but the last are full
 
         def write():
-            again, lost = missing(workdir, seeds, trained.config.sampling.eval_bsz)
-            if len(lost) < len(seeds):
-                misc.log(f"{workdir} holds {len(seeds) - len(lost)} of {len(seeds)} images of this rank already")
-            for batch, images in misc.generate(trained, again):
+            for batch, images in misc.generate(trained, mine):
                 for seed, image in zip(batch, images):
-                    if seed in lost:
-                        misc.write_png(workdir / f"{seed:06d}.png", image)
+                    if not misc.is_whole_png(image_path(workdir, seed)):
+                        misc.write_png(image_path(workdir, seed), image)
 
         dist_util.agree(write)
         if dist_util.rank() == 0:

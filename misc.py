@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import signal
 import struct
@@ -126,6 +127,19 @@ def write_png(path, image):
         picture(image).save(temporary, format="PNG")
 
 
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
+
+
+def is_whole_png(path):
+    """Whether there is a PNG file to its end: after a power cut one that was just written may be empty or cut short."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # there is none, or one of fewer bytes
+        return False
+
+
 def tile(images, columns):
     """uint8 images (N, C, H, W) as one picture (3, H', W') with so many columns and white gaps; small images are enlarged.
 
@@ -190,6 +204,12 @@ class MemoryImages(torch.utils.data.Dataset):
     def shape(self):
         """(C, H, W) of the images."""
         return tuple(self.images.shape[1:])
+
+    def fingerprint(self):
+        """SHA-256 of images and labels: what a run that continues compares."""
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
 
     def __getitems__(self, indices):
         return self.images[indices], self.labels[indices]
@@ -288,21 +308,33 @@ class ImageFiles(torch.utils.data.Dataset):
             self.first_shape = tuple(self.read(0).shape)
         return self.first_shape
 
-    def read(self, index):
-        """uint8 tensor (C, H, W)."""
+    def fingerprint(self):
+        """SHA-256 of all names and of 64 of the files: what a run that continues compares.
+
+        All files would take as long as reading them.  Packing a folder into a zip changes nothing.
+        """
+        digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
+        for index in sorted({i * (len(self) - 1) // 63 for i in range(64)}):
+            digest.update(self.use(index, lambda data: data))
+        return digest.hexdigest()
+
+    def use(self, index, function):
+        """function(bytes of a file); UserError naming the file if it cannot be read or the function fails."""
         name = self.names[index]
         try:
             if self.is_folder:
                 with open(os.path.join(self.path, name), "rb") as file:
-                    data = file.read()
-            else:
-                if self.zip_owner != os.getpid():  # a forked worker must not share its parent's place in the file
-                    self.zip, self.zip_owner = zipfile.ZipFile(self.path), os.getpid()
-                data = self.zip.read(name)
-            image = decode(data)
+                    return function(file.read())
+            if self.zip_owner != os.getpid():  # a forked worker must not share its parent's place in the file
+                self.zip, self.zip_owner = zipfile.ZipFile(self.path), os.getpid()
+            return function(self.zip.read(name))
         except Exception as error:  # of the file, of the zip (encrypted: RuntimeError), or of Pillow, which raises many kinds
             why = "it is damaged or no image" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read image {name}, one of {len(self)} in {self.path}: {why}") from error
+
+    def read(self, index):
+        """uint8 tensor (C, H, W)."""
+        image = self.use(index, decode)
         if self.size is not None:
             image = image.convert("L" if self.channels == 1 else "RGB")
             side = min(image.size)
@@ -696,15 +728,20 @@ def load_weights(net, state, path):
 
 
 def load_optimizer(optim, state, path):
-    """load_state_dict of an optimizer, of one state for each parameter; UserError if they are those of another network."""
+    """load_state_dict of a RAdam optimizer but for its settings, which stay; UserError unless every parameter has its state."""
+    (parameters,) = (group["params"] for group in optim.param_groups)
     try:
-        optim.load_state_dict(state)
-        (parameters,) = (group["params"] for group in optim.param_groups)
-        fits = all(v.shape == p.shape for p in parameters for k, v in optim.state.get(p, {}).items() if k != "step")
-    except Exception as error:  # whatever another dict runs into
+        states = [state["state"][i] for i in range(len(parameters))]
+        whole = len(state["state"]) == len(states) and all(v.keys() == {"step", "exp_avg", "exp_avg_sq"} for v in states)
+        tensors = [(v, torch.Size() if k == "step" else p.shape) for p, s in zip(parameters, states) for k, v in s.items()]
+        whole = whole and all(v.dtype == torch.float32 and v.isfinite().all() for v, _ in tensors)
+        fits = all(v.shape == shape for v, shape in tensors)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
-    if not fits:
-        raise UserError(f"{path} does not hold the optimizer of this run: it is that of another network")
+    if not whole or not fits:
+        why = "it is damaged" if not whole else "it is that of another network"
+        raise UserError(f"{path} does not hold the optimizer of this run: {why}")
+    optim.load_state_dict({"state": state["state"], "param_groups": optim.state_dict()["param_groups"]})
 
 
 @dataclasses.dataclass
@@ -796,8 +833,8 @@ def check_seeds(start, end):
     """UserError unless start ... end are seeds of images."""
     if not 0 <= start <= end:
         raise UserError(f"--start_seed {start} --end_seed {end}: seeds run from 0, start to end, both included")
-    if end - start >= 2**31 or end >= 2**63:
-        raise UserError(f"--start_seed {start} --end_seed {end}: at most 2147483648 seeds, each below 2^63")
+    if end - start >= 10**7 or end >= 2**63:
+        raise UserError(f"--start_seed {start} --end_seed {end}: at most 10000000 seeds, each below 2^63")
 
 
 class SeedNoise:
@@ -1064,15 +1101,16 @@ def subset(total, count, seed):
         return range(total)
     if count > total:
         raise UserError(f"--num is {count}, but there are only {total} images")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "subset", total)))
-    return sorted(order[:count].tolist())
+    return sorted(random.Random(derive_seed(seed, "subset", total)).sample(range(total), count))
 
 
 def read(source, indices, num_workers=0):
     """Yield the uint8 images (B, C, H, W), B up to BATCH, of a data set or of Generated images, with a progress bar."""
     if isinstance(source, Generated):
         rest = torch.empty(0, *source.shape, dtype=torch.uint8)
-        for _, images in generate(source.trained, [source.seeds[i] for i in indices], poll=source.poll):
+        whole = isinstance(indices, range)  # then seeds are not written out: there may be many
+        seeds = source.seeds[indices.start : indices.stop : indices.step] if whole else [source.seeds[i] for i in indices]
+        for _, images in generate(source.trained, seeds, poll=source.poll):
             *full, rest = torch.cat([rest, images]).split(BATCH)
             yield from full
         if len(rest):

@@ -31,14 +31,17 @@ class Run:
 def main():
     run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__)
     defaults.required(run, "checkpoint")
-    if run.nsampling < 1 or run.columns < 0 or run.start_seed < 0:
-        raise UserError("--nsampling must be at least 1, --columns and --start_seed at least 0")
+    if not 1 <= run.nsampling <= 2**16:
+        raise UserError(f"--nsampling is {run.nsampling}: it must be from 1 to {2**16}")
+    if not 0 <= run.columns <= 2**16:
+        raise UserError(f"--columns is {run.columns}: it must be from 0, for a square, to {2**16}")
+    seeds = range(run.start_seed, run.start_seed + run.nsampling)
+    misc.check_seeds(seeds[0], seeds[-1])
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
             raise UserError("teaser.py draws one picture: run it with python, not with torchrun")
         trained = misc.load_model(run.checkpoint, flags, device)
         dest = Path(run.dest or Path(run.checkpoint).parent / f"teaser-{trained.config.task.mode}.png")
-        seeds = range(run.start_seed, run.start_seed + run.nsampling)
         centered = trained.config.data.centered
         if run.trajectory:
             states = [misc.to_uint8(x, centered) for x in misc.solve(trained, seeds)]

@@ -396,6 +396,7 @@ def make_plan(run, flags, device, agents):
         path, saved = latest, held
         config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
         origin = saved["run"]["origin"]
+    check_bank(config, device)
     plan = Plan(config, workdir, teacher, saved, path, origin, teacher_hash)
     if saved:
         step, last = saved["step"], config.train.train_steps
@@ -404,6 +405,22 @@ def make_plan(run, flags, device, agents):
         if saved["run"]["teacher"] != teacher_hash:
             raise UserError(f"{run.teacher} is not the teacher that {path} began with: name that one, or begin a new run")
     return plan
+
+
+def check_bank(config, device):
+    """UserError if the memory of the machine, or of its GPU, cannot hold stage 2's bank, which every rank has one of."""
+    data, distil = config.data, config.distil
+    values = (config.sampling.num_steps + 1) * max(distil.bank_size, config.train.bsz)
+    size = values * data.image_channels * data.image_size**2 * getattr(torch, distil.bank_dtype).itemsize
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if config.task.mode == "characteristic" and distil.objective == "trajectory" and size > there:
+        raise UserError(
+            f"the bank of stage 2 takes {size / 2**30:.1f} GiB on each rank, which has {there / 2**30:.1f}: lower --bank_size, "
+            "or take --bank_dtype float16"
+        )
 
 
 def began_from(held, source):
@@ -455,18 +472,28 @@ def load_run(path):
     config, run = defaults.from_dict(saved["config"]), saved["run"]
     misc.check_mean(saved["mean"], config, path)
     try:
-        counts = [run[name] for name in ("ranks", "bsz", "images", "skipped", "skipped_in_a_row")]
+        counts = [run[name] for name in ("ranks", "bsz", "images", "skipped")]
         counts += [run["window"]["steps"], run["window"]["skipped"]]
         sums = [value for part in run["window"]["sums"] for value in part.values()]
         if not all(type(n) is int and n >= 0 for n in counts) or not all(math.isfinite(value) for value in sums):
             raise ValueError("numbers of another kind")
-        if len(run["window"]["sums"]) != run["ranks"] or "teacher" not in run:
+        if len(run["window"]["sums"]) != run["ranks"] or not {"teacher", "data"} <= run.keys():
             raise ValueError("parts are missing")
         if run["origin"] is not None and not all(isinstance(run["origin"][name], str) for name in ("path", "sha256")):
             raise ValueError("no path and hash")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: what it holds of its run cannot be continued") from error
     return {**saved, "config": config}
+
+
+def check_data(dataset, plan):
+    """The fingerprint of the data; UserError if it is not that of the run that continues."""
+    found = dataset.fingerprint()
+    if plan.saved and plan.saved["run"]["data"] != found:
+        had = plan.saved["run"]["images"]
+        differ = f"{len(dataset)} images, and had {had}" if len(dataset) != had else f"other images than the {had} it had"
+        raise UserError(f"the data has {differ} in {plan.path}: name those with --data_path, or begin a new run")
+    return found
 
 
 def fit_to_ranks(config, flags, saved):
@@ -633,8 +660,7 @@ def train(run, flags, device):
     torch.manual_seed(cfg.seed)
     model = misc.build_model(config).to(device).train()
     dataset = dist_util.agree(lambda: misc.load_data(config.data))
-    if saved and saved["run"]["images"] != len(dataset):
-        raise UserError(f"the data has {len(dataset)} images, and had {saved['run']['images']} in {plan.path}: give it those")
+    data_hash = dist_util.on_first_rank(lambda: check_data(dataset, plan))
     classes = int(dataset.labels.max()) + 1
     if config.network.label_dim and config.network.label_dim < classes:
         raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
@@ -662,7 +688,7 @@ def train(run, flags, device):
         misc.load_weights(ema.module.net, saved["ema"], plan.path)
         misc.load_optimizer(optim, saved["optim"], plan.path)
         window.restore(saved["run"]["window"])
-        skipped, in_a_row = saved["run"]["skipped"], saved["run"]["skipped_in_a_row"]
+        skipped = saved["run"]["skipped"]
         misc.log(f"continuing {plan.path} at step {start} of {cfg.train_steps}")
     plan = dataclasses.replace(plan, config=config)
     anew = run.fresh and not saved
@@ -689,12 +715,18 @@ def train(run, flags, device):
             except OSError as error:
                 raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
 
+    def give_up(what, done):
+        held = misc.latest_checkpoint(workdir)
+        again = f"begin a new run from the last good checkpoint: --resume {held} --workdir NEW --lr" if held else "begin with"
+        raise UserError(f"{what}, up to step {done}: look at the data, or {again} a lower --lr")
+
     def save(done):
         nonlocal last_saved
-        if done != last_saved:
-            kept = {"ranks": world, "bsz": cfg.bsz, "images": len(dataset), "origin": plan.origin, "skipped": skipped}
-            kept |= {"skipped_in_a_row": in_a_row, "teacher": plan.teacher_hash}
-            kept["window"] = window.content()
+        if done != last_saved and (not in_a_row or done == cfg.train_steps):  # else it is not known to be good
+            if not all(x.isfinite().all() for net in (model, ema.module) for x in net.state_dict().values()):
+                give_up("the weights are not finite", done)
+            kept = {"ranks": world, "bsz": cfg.bsz, "images": len(dataset), "data": data_hash, "skipped": skipped}
+            kept |= {"origin": plan.origin, "teacher": plan.teacher_hash, "window": window.content()}
             state = (model, ema, optim, done, config, mean.cpu(), kept)
             dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, *state, run.keep))
             last_saved = done
@@ -744,12 +776,8 @@ def train(run, flags, device):
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 shown["skipped"] = skipped
                 window.skipped += 1
-                if in_a_row == SKIPPED_IN_A_ROW:
-                    held = misc.latest_checkpoint(workdir)
-                    raise UserError(
-                        f"no finite loss or gradient in {in_a_row} steps, up to step {step + 1}: lower --lr, or look at the "
-                        f"data; the last good checkpoint is {held or 'none'}"
-                    )
+                if in_a_row == min(SKIPPED_IN_A_ROW, cfg.train_steps):
+                    give_up(f"no finite loss or gradient in {in_a_row} steps", step + 1)
 
             done = step + 1
             bar.update(cfg.global_bsz)

@@ -221,6 +221,7 @@ def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
     chosen = {tuple(x) for x in one.features.tolist()}
     assert len(chosen) == 20 and chosen <= rows
     assert misc.subset(37, 20, 3) != misc.subset(37, 20, 4)
+    assert len(set(misc.subset(2**31, 20, 3))) == 20  # without a list of them all
 
 
 def test_statistics_files_of_other_tools_are_read(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 
 import dist_util
 import misc
@@ -444,25 +446,44 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(tmp_path, how, r
 def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_checkpoint(tmp_path):
     length = ["--train_steps", "100"]
     bad = set(range(7, 100))
-    job = Job(
-        tmp_path / "log", *STAGE_1, *length, "--bsz", "8", "--workdir", tmp_path / "run", prepare=partial(poison, bad, "loss")
-    )
-    assert job.wait() == [2] and "no finite loss or gradient in 20 steps, up to step 27: lower --lr" in job.err(), job.err()
+    shared = [*STAGE_1, *length, "--bsz", "8"]
+    job = Job(tmp_path / "log", *shared, "--workdir", tmp_path / "run", prepare=partial(poison, bad, "loss"))
+    assert job.wait() == [2] and "no finite loss or gradient in 20 steps, up to step 27: look at" in job.err(), job.err()
     latest = misc.latest_checkpoint(tmp_path / "run")
-    assert f"the last good checkpoint is {latest}" in job.err()
-    assert all(v.isfinite().all() for part in ("model", "ema") for v in misc.load_checkpoint(latest)[part].values())
-    # What it holds counts on: the same command does not try 20 steps more each time.
-    again = Job(
-        tmp_path / "again",
-        *STAGE_1,
-        *length,
-        "--bsz",
-        "8",
-        "--workdir",
-        tmp_path / "run",
-        prepare=partial(poison, set(range(100)), "loss"),
-    )
-    assert again.wait() == [2] and "in 20 steps, up to step 27" in again.err()
+    assert latest.name == "DDPMpp-000006.pth"  # not one of the steps that were skipped
+    advice = f"begin a new run from the last good checkpoint: --resume {latest} --workdir NEW --lr"
+    assert advice in job.err()
+    better = Job(tmp_path / "new", *STAGE_1, "--resume", latest, "--workdir", tmp_path / "new", "--lr", "1e-4")
+    assert better.wait() == [0], better.err()
+
+
+def test_a_run_all_of_whose_steps_were_skipped_has_failed(tmp_path):
+    run = [*STAGE_1, "--bsz", "8", "--workdir", tmp_path / "run"]
+    job = Job(tmp_path / "log", *run, prepare=partial(poison, set(range(12)), "loss"))
+    assert job.wait() == [2] and "in 12 steps, up to step 12: look at the data, or begin with a lower --lr" in job.err()
+    assert not misc.checkpoints(tmp_path / "run")
+
+
+def ruin(step):
+    """Make a weight infinite in some step of the optimizer."""
+    real, calls = torch.optim.RAdam.step, iter(range(10**9))
+
+    def ruining(self, *args):
+        real(self, *args)
+        if next(calls) == step:
+            self.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+
+    torch.optim.RAdam.step = ruining
+
+
+@pytest.mark.parametrize(("step", "error"), [(8, "the weights are not finite, up to step 9"), (7, "no finite loss or")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, error):
+    run = [*STAGE_1, "--train_steps", "40", "--bsz", "8", "--workdir", tmp_path / "run"]
+    job = Job(tmp_path / "log", *run, prepare=partial(ruin, step))
+    assert job.wait() == [2] and error in job.err(), job.err()
+    for path in misc.checkpoints(tmp_path / "run"):
+        assert all(v.isfinite().all() for part in ("model", "ema") for v in misc.load_checkpoint(path)[part].values())
+    assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
 
 
 # ------------------------------------------------------------------------------------------------- what continues what
@@ -526,6 +547,22 @@ def test_the_command_that_began_from_another_run_continues_when_that_run_has_gon
     assert other.wait() == [2] and "holds a run that did not begin from" in other.err()
 
 
+def test_the_fingerprint_of_images_tells_others_apart_and_a_zip_from_its_folder_not(tmp_path):
+    for name, level in (("a", 3), ("b", 3), ("c", 4)):
+        (tmp_path / name / "x").mkdir(parents=True)
+        for i in range(70):
+            shade = level if i == 35 else i
+            Image.new("L", (4, 4), shade).save(tmp_path / name / "x" / f"{i:03d}.png")
+        shutil.make_archive(tmp_path / name, "zip", tmp_path / name)
+    found = {path.name: misc.ImageFiles(path, 4, 1).fingerprint() for path in tmp_path.iterdir()}
+    assert found["a"] == found["b"] == found["a.zip"] != found["c"] == found["c.zip"]
+    (tmp_path / "b" / "x" / "035.png").rename(tmp_path / "b" / "x" / "100.png")
+    assert misc.ImageFiles(tmp_path / "b", 4, 1).fingerprint() != found["a"]
+    images, labels = torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4), torch.tensor([0, 1])
+    variants = [(images, labels), (images.flip(0), labels), (images, labels.flip(0))]
+    assert len({misc.MemoryImages(*variant).fingerprint() for variant in variants}) == 3
+
+
 def test_a_workdir_takes_one_run_at_a_time(tmp_path):
     arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
     first = Job(tmp_path / "first", *arguments)
@@ -562,6 +599,18 @@ def test_a_lost_pointer_and_a_damaged_checkpoint(tmp_path):
     assert job.wait() == [2] and "DDPMpp-000006.pth is not a checkpoint" in job.err()
 
 
+def test_what_one_rank_left_out_is_shared_among_all(tmp_path, teacher):
+    command = ["eval.py", "--checkpoint", teacher, "--end_seed", "30", "--eval_bsz", "4", "--num_steps", "3"]
+    for name in ("whole", "cut"):
+        assert Job(tmp_path / "log", *command, "--workdir", tmp_path / name, ranks=2).wait() == [0, 0]
+    for path in (tmp_path / "cut").glob("*[13579].png"):  # those of the second rank, 15, in batches of 4
+        path.unlink()
+    job = Job(tmp_path / "again", *command, "--workdir", tmp_path / "cut", ranks=2)
+    assert job.wait() == [0, 0] and "4 of 8 batches are to be made" in job.err() and " 8/8 " in job.err(), job.err()
+    for path in (tmp_path / "whole").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
 def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone(tmp_path, teacher):
     """By the same command: equal to the last bit, since whole batches are drawn again."""
     command = ["eval.py", "--checkpoint", teacher, "--end_seed", "20", "--eval_bsz", "4", "--num_steps", "3"]
@@ -576,6 +625,10 @@ def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone
         assert {path: path.stat().st_mtime_ns for path in done} == done
         assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
         assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in cut.glob("*.png"))
+    for name, damage in (("000003.png", b""), ("000007.png", (whole / "000007.png").read_bytes()[:-5])):
+        (cut / name).write_bytes(damage)  # what a power cut may leave
+    assert Job(tmp_path / "again", *command, "--workdir", cut, ranks=2).wait() == [0, 0]
+    assert all(path.read_bytes() == (whole / path.name).read_bytes() for path in whole.glob("*.png"))
     other = Job(tmp_path / "other", *command, "--rho", "2", "--workdir", cut)
     assert other.wait() == [2] and "holds images made with other rho: choose another folder" in other.err()
 
@@ -602,7 +655,7 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10, 151, 10))
 
 
-@pytest.mark.parametrize("limit", ["soon", "0", "nan"])
+@pytest.mark.parametrize("limit", ["soon", "0", "nan", "1e13"])
 def test_a_timeout_that_is_no_time_is_refused(tmp_path, limit):
     arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
     job = Job(tmp_path / "log", *arguments, ranks=2, environment={"DIST_TIMEOUT": limit})
