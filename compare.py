@@ -141,7 +141,7 @@ def draw_curves(rows, run):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__)
+    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__, source="the checkpoint's")
     defaults.required(run, "denoiser", "characteristic")
     if not run.num_steps or min(run.num_steps) < 1 or run.nsampling < 1 or run.end_seed < 1:
         raise UserError("--num_steps takes numbers from 1, --nsampling and --end_seed are at least 1")

@@ -371,10 +371,8 @@ def _boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def _add(parser, f, preset_names):
-    default = f.default if not isinstance(f.default, tuple) else " ".join(map(str, f.default))
-    source = "by preset" if f.name in preset_names else {None: "none", "": "none"}.get(default, default)
-    options = {"help": f"{f.metadata['help']} (default: {source})".replace("%", "%%"), "default": argparse.SUPPRESS}
+def _add(parser, f, default):
+    options = {"help": f"{f.metadata['help']} (default: {default})".replace("%", "%%"), "default": argparse.SUPPRESS}
     kind = next((k for k in typing.get_args(f.type) if k is not type(None)), f.type)  # `int | None`, tuple[int, ...] -> int
     if f.metadata["choices"]:
         options["choices"] = f.metadata["choices"]
@@ -390,11 +388,12 @@ def _add(parser, f, preset_names):
         parser.add_argument(f"--{f.name}", type=kind, metavar=metavar, **options)
 
 
-def parse(own, sections, argv=None, description=""):
+def parse(own, sections, argv=None, description="", source=None):
     """The command line: (own settings, {setting: value} given explicitly for the sections).
 
     own        dataclass of the script's own settings; they hide those of the sections with the same name
     sections   names of the SECTIONS whose flags the script takes; resolve() turns the second result into a Config
+    source     where these have their defaults, for --help, if that is neither the field nor the preset
     """
     parser = _Parser(
         description=description,
@@ -407,7 +406,9 @@ def parse(own, sections, argv=None, description=""):
         group = parser.add_argument_group(section.__doc__)
         for f in fields(section):
             if section is own or f.name not in {mine.name for mine in fields(own)}:
-                _add(group, f, by_preset)
+                default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+                default = {None: "none", "": "none"}.get(default, "by preset" if f.name in by_preset else default)
+                _add(group, f, default if section is own else source or default)
     flags = vars(parser.parse_args(argv))
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
     mine = {f.name: flags.pop(f.name) for f in fields(own) if f.name in flags}

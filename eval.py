@@ -74,7 +74,7 @@ def batches_to_make(workdir, seeds, size):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__)
+    run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__, source="the checkpoint's")
     defaults.required(run, "checkpoint", "workdir")
     misc.check_seeds(run.start_seed, run.end_seed)
     with dist_util.session() as device:

@@ -283,7 +283,9 @@ def check(run, flags):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__)
+    run, flags = defaults.parse(
+        Run, ["data", "network", "sampling"], description=__doc__, source="the checkpoint's, or by preset"
+    )
     metrics = check(run, flags)
     needs_features = bool({"kid", "pr"} & set(metrics))
 

@@ -74,10 +74,11 @@ def sync_to_disk(path):
         os.close(handle)
 
 
-def remove_leftovers(folder):
-    """Remove what atomic() left in a folder when its process was killed."""
+def remove_leftovers(folder, name=None):
+    """Remove what atomic() left in a folder, of all its files or of one, when its process was killed."""
+    which = ".*" if name is None else re.escape(name)
     for path in Path(folder).glob(".*.tmp"):
-        if re.search(r"\.\d+\.tmp$", path.name):
+        if re.fullmatch(rf"\.{which}\.\d+\.tmp", path.name):
             with suppress(OSError):
                 path.unlink()
 
@@ -1178,6 +1179,7 @@ def write_statistics(dest, statistics):
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "metadata": json.dumps(statistics.metadata)}
     if statistics.features is not None:
         arrays["features"] = statistics.features.numpy()
+    remove_leftovers(Path(dest).parent, Path(dest).name)
     with atomic(dest) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 

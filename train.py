@@ -314,7 +314,7 @@ class Stopwatch:
 # --------------------------------------------------------------------------------------------------------- the run
 
 SKIPPED_IN_A_ROW = 20  # steps without finite gradients after which a run gives up
-FREE = (  # what may change when the same run continues, since it does not change what the weights become, but for rounding
+FREE = (  # what may change when the same run continues; README, "Reliability", says what bsz and train_steps do to it
     *("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz"),
 )
 

@@ -26,12 +26,12 @@ def _inject(what, nth):
 
     calls = 0
 
-    def patch(owner, name, instead):
+    def patch(owner, name, instead, counts=lambda *args: True):
         real = getattr(owner, name)
 
         def counted(*args, **kwargs):
             nonlocal calls
-            calls += 1
+            calls += counts(*args)
             return instead(real, *args, **kwargs) if calls == nth else real(*args, **kwargs)
 
         setattr(owner, name, counted)
@@ -58,7 +58,7 @@ def _inject(what, nth):
         "before rename": (os, "replace", before),
         "after rename": (os, "replace", after),
         "pointer": (os, "symlink", after),
-        "removal": (Path, "unlink", after),
+        "removal": (Path, "unlink", after, lambda path: path.name.startswith("DDPMpp-")),
     }
     patch(*places[what])
 

@@ -92,7 +92,7 @@ def test_readme_commands_are_parsed_by_their_scripts(command):
 def sections_of(module):
     """The sections in the script's call of defaults.parse."""
     source = (ROOT / f"{module.__name__}.py").read_text()
-    return ast.literal_eval(re.search(r"defaults\.parse\(Run, (\[[^]]*\])", source).group(1))
+    return ast.literal_eval(re.search(r"defaults\.parse\(\s*Run, (\[[^]]*\])", source).group(1))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
