@@ -4,6 +4,7 @@ Every function works in both cases; without torchrun there is one rank, number 0
 """
 
 import datetime
+import multiprocessing
 import os
 import signal
 import sys
@@ -141,9 +142,14 @@ def launch(main):
 
     A signal that asked the run to stop becomes 128 and its number: 143 for SIGTERM, 130 for SIGINT.
     """
-    status = _run(main)
-    for number in (signal.SIGTERM, signal.SIGINT):  # it is leaving, and would do so with a traceback or another status
-        signal.signal(number, signal.SIG_IGN)
+    try:
+        status = _run(main)
+    finally:
+        for number in SIGNALS:  # it is leaving, and would do so with a traceback or another status
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of what follows
+        for child in multiprocessing.active_children():  # that read images, which Python would wait for: they ignore signals
+            child.kill()
     if "RANK" in os.environ:
         # Threads of torch that outlive the process group may want the interpreter's lock while it is being torn down, which
         # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.  Nor is the process

@@ -545,7 +545,7 @@ class Batches:
 
 
 def _ignore_signals(worker):
-    """A reading process leaves when its parent does: one that a signal to all ended first would take the checkpoint along."""
+    """A reading process is ended by its parent (dist_util.launch): a signal to all would end it first, and with it the run."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -350,7 +350,7 @@ def make_plan(run, flags, device, agents):
     if run.keep < 0:
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
     source = Path(run.resume) if run.resume else None
-    if source and run.workdir and not source.exists():
+    if source and run.workdir and not os.path.exists(source):
         source = stand_in(run.workdir, source) or source
     saved = load_run(source) if source else None
     mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
@@ -431,11 +431,12 @@ def began_from(held, source):
     origin = held["run"]["origin"]
     if not origin:
         return False
-    return origin["path"] == os.path.abspath(source) or source.is_file() and origin["sha256"] == misc.file_hash(source)
+    return origin["path"] == os.path.abspath(source) or os.path.isfile(source) and origin["sha256"] == misc.file_hash(source)
 
 
 def stand_in(workdir, source):
     """The last checkpoint of the run in a folder if that began from the missing `source`; else None."""
+    misc.check_folder(workdir, "workdir")
     latest = misc.latest_checkpoint(workdir)
     return latest if latest and latest.exists() and began_from(load_run(latest), source) else None
 
@@ -482,7 +483,7 @@ def load_run(path):
         if run["origin"] is not None and not all(isinstance(run["origin"][name], str) for name in ("path", "sha256")):
             raise ValueError("no path and hash")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: what it holds of its run cannot be continued") from error
+        raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
     return {**saved, "config": config}
 
 

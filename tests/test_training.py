@@ -252,7 +252,7 @@ def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert all(torch.equal(a["optim"]["state"][i]["exp_avg"], b["optim"]["state"][i]["exp_avg"]) for i in a["optim"]["state"])
     again = run(*resume, "--train_steps", "4")
-    assert "holds the run that began from" in again.stderr and (tmp_path / "rest" / "DDPMpp-000004.pth").exists()
+    assert "rest/DDPMpp-000003.pth at step 3 of 4" in again.stderr and (tmp_path / "rest" / "DDPMpp-000004.pth").exists()
     other = [*resume[:-1], tmp_path / "whole" / "DDPMpp-000003.pth", "--train_steps", "9"]
     assert "did not begin from" in run(*other, expect=2).stderr
     back = [*resume[:-3], tmp_path / "whole", *resume[-2:]]
