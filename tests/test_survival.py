@@ -397,7 +397,9 @@ def fill_disk_for_metrics():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_metrics_that_cannot_be_written_end_the_run_with_one_line(tmp_path, ranks):
-    job = Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "run", ranks=ranks, prepare=fill_disk_for_metrics)
+    readers = ["--num_workers", "1"]  # which end with the run
+    run = [*STAGE_1, *readers, "--workdir", tmp_path / "run"]
+    job = Job(tmp_path / "log", *run, ranks=ranks, prepare=fill_disk_for_metrics)
     assert job.wait()[0] == 2 and job.err().count("error: cannot write") == 1 and "Traceback" not in job.err()
     assert "metrics.jsonl: No space left on device; free some space" in job.err()
     assert Job(tmp_path / "again", *STAGE_1, "--workdir", tmp_path / "run", ranks=ranks).wait() == [0] * ranks
