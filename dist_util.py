@@ -107,10 +107,10 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, where):
-        if self.received is None:
+        if self.received is None and kind is not Stopped:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
-        elif kind and is_loss_of_a_rank(error):
+        elif self.received and kind and is_loss_of_a_rank(error):
             raise Stopped(self.received) from error  # the other was asked to stop as well, and did not finish its step
 
     def note(self, number, frame):

@@ -41,7 +41,7 @@ def prepare(workdir, trained, run):
             different += [key for key in ("start_seed", "end_seed") if found[key] != record[key]]
             for section, settings in record["config"].items():
                 different += [key for key in settings if found["config"][section][key] != settings[key]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
         if different:
             raise UserError(f"--workdir {workdir} holds images made with other {', '.join(different)}: choose another folder")
@@ -54,23 +54,28 @@ def image_path(workdir, seed):
     return workdir / f"{seed:06d}.png"
 
 
-def batches_to_make(workdir, seeds, size):
-    """Of the batches of `size` that each rank makes of its every world_size-th seed, those that lack images, with all their
-    seeds: so images have the rounding that they would have had without an interruption.  The later ones may be smaller.
-    """
+def all_batches(seeds, size):
+    """The batches of `size` that each rank makes of its every world_size-th seed, in this order; the last may be smaller."""
     world = dist_util.world_size()
     shares = [seeds[rank::world] for rank in range(world)]
-    batches = [share[i : i + size] for i in range(0, len(shares[0]), size) for share in shares if i < len(share)]
-    if any(path.suffix == ".png" for path in workdir.iterdir()):
-        with misc.progress(len(seeds), "looking for images") as bar:
-            lacking = []
-            for batch in batches:
-                if not all(misc.is_whole_png(image_path(workdir, seed)) for seed in batch):
-                    lacking.append(batch)
-                bar.update(len(batch))
-        misc.log(f"{workdir} holds images already: {len(lacking)} of {len(batches)} batches are to be made")
-        return lacking
-    return batches
+    return [share[i : i + size] for i in range(0, len(shares[0]), size) for share in shares if i < len(share)]
+
+
+def lacking(workdir, batches):
+    """The numbers of the batches of which an image is missing or cut short; they are made again as a whole, so that images
+    have the rounding that they would have had without an interruption.
+    """
+    if not any(path.suffix == ".png" for path in workdir.iterdir()):
+        return range(len(batches))
+    found, missing = [], 0
+    with misc.progress(sum(map(len, batches)), "looking for images") as bar:
+        for number, batch in enumerate(batches):
+            if lost := sum(not misc.is_whole_png(image_path(workdir, seed)) for seed in batch):
+                found.append(number)
+                missing += lost
+            bar.update(len(batch))
+    misc.log(f"{workdir} holds images already: {missing} of {sum(map(len, batches))} are missing, in {len(found)} batches")
+    return found
 
 
 def main():
@@ -81,10 +86,10 @@ def main():
         trained = dist_util.agree(lambda: misc.load_model(run.checkpoint, flags, device))
         workdir = Path(run.workdir)
         dist_util.on_first_rank(lambda: prepare(workdir, trained, run))
-        seeds, size = range(run.start_seed, run.end_seed + 1), trained.config.sampling.eval_bsz
-        batches = dist_util.gather(dist_util.on_first_rank(lambda: batches_to_make(workdir, seeds, size)))[0]
-        mine = batches[dist_util.rank() :: dist_util.world_size()]  # an equal share, also of what an interruption left
-        mine = [seed for batch in mine for seed in batch]  # generate() cuts them into the same ones: all but the last are full
+        batches = all_batches(range(run.start_seed, run.end_seed + 1), trained.config.sampling.eval_bsz)
+        left = dist_util.gather(dist_util.on_first_rank(lambda: lacking(workdir, batches)))[0]
+        mine = left[dist_util.rank() :: dist_util.world_size()]  # an equal share, also of what an interruption left
+        mine = [seed for number in mine for seed in batches[number]]  # which generate() cuts again: all but the last are full
 
         def write():
             for batch, images in misc.generate(trained, mine):

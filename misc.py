@@ -689,7 +689,9 @@ def remove_old(workdir, keep):
 def load_checkpoint(path):
     """The dict of a checkpoint, on the CPU.  Loads tensors and plain values only: no code in the file ever runs."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of torch about tensors that are refused below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except (IsADirectoryError, PermissionError) as error:
@@ -699,11 +701,26 @@ def load_checkpoint(path):
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "ema")):
         raise UserError(f"{path} is not a checkpoint: it has no 'model' and 'ema' state dicts")
     step = content.get("step", 0)
-    if type(step) is not int or step < 0:
+    if type(step) is not int or not 0 <= step < 2**63:
         raise UserError(f"{path} is damaged: its step is {step!r}")
-    if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: update the software")
+    written = content.get("format", FORMAT)
+    if type(written) is not int or written != FORMAT:
+        raise UserError(f"{path} has format {written!r}, this version reads {FORMAT}: update the software")
+    if not all(x.layout is torch.strided and x.device.type == "cpu" for x in tensors_in(content)):
+        raise UserError(f"{path} is damaged: it holds tensors that are not dense or without values")
     return content
+
+
+def tensors_in(content):
+    """All tensors in dicts and lists, which may be nested deeply or hold themselves."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
 
 
 def load_weights(net, state, path):
@@ -732,17 +749,22 @@ def load_optimizer(optim, state, path):
     """load_state_dict of a RAdam optimizer but for its settings, which stay; UserError unless every parameter has its state."""
     (parameters,) = (group["params"] for group in optim.param_groups)
     try:
-        states = [state["state"][i] for i in range(len(parameters))]
-        whole = len(state["state"]) == len(states) and all(v.keys() == {"step", "exp_avg", "exp_avg_sq"} for v in states)
-        tensors = [(v, torch.Size() if k == "step" else p.shape) for p, s in zip(parameters, states) for k, v in s.items()]
-        whole = whole and all(v.dtype == torch.float32 and v.isfinite().all() for v, _ in tensors)
-        fits = all(v.shape == shape for v, shape in tensors)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(parameters))]
+        fits = all(s[k].shape == p.shape for p, s in zip(parameters, states) for k in ("exp_avg", "exp_avg_sq"))
+        whole = len(state["state"]) == len(states) and all(
+            s.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())
+            and s["step"].shape == ()
+            and s["step"] >= 0
+            and (s["exp_avg_sq"] >= 0).all()
+            for s in states
+        )
+    except Exception as error:  # whatever another dict runs into
         raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
     if not whole or not fits:
         why = "it is damaged" if not whole else "it is that of another network"
         raise UserError(f"{path} does not hold the optimizer of this run: {why}")
-    optim.load_state_dict({"state": state["state"], "param_groups": optim.state_dict()["param_groups"]})
+    optim.load_state_dict({"state": dict(enumerate(states)), "param_groups": optim.state_dict()["param_groups"]})
 
 
 @dataclasses.dataclass
@@ -781,7 +803,7 @@ def override(config, flags, path, sections=("task", "data", "network"), free=("d
         f"--{key} is {flags[key]} and was {value}" for key, value in settings.items() if flags.get(key, value) != value
     ]
     if different:
-        raise UserError(f"{path} was made with other settings: {'; '.join(different)}: leave them out, or begin a new run")
+        raise UserError(f"{path} was made with other settings: {'; '.join(different)}: leave them out, or train a new model")
     return defaults.resolve(flags, config)
 
 

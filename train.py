@@ -129,6 +129,9 @@ class Trajectory(Distillation):
         self.bank = torch.empty(K + 1, self.slots * self.bsz, *shape, dtype=dtype, device=device)
         self.labels = torch.zeros(self.slots * self.bsz, dtype=torch.long, device=device)
         self.first = self.replaced(start)
+
+    def fill_bank(self):
+        """Called once the run is sure to begin, since it takes time."""
         with misc.progress(self.slots * self.bsz, "teacher's solutions") as bar:
             for batch in range(self.first, self.first + self.slots):
                 self.fill(batch)
@@ -350,8 +353,9 @@ def make_plan(run, flags, device, agents):
     if run.keep < 0:
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
     source = Path(run.resume) if run.resume else None
-    if source and run.workdir and not os.path.exists(source):
-        source = stand_in(run.workdir, source) or source
+    latest, held = load_held(Path(run.workdir)) if source and run.workdir else (None, None)
+    if held and held["run"]["origin"] and held["run"]["origin"]["path"] == os.path.abspath(source):
+        source = latest  # the same command again: what was there may have gone on, or gone
     saved = load_run(source) if source else None
     mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
     if flags.get("mode", mode) != mode:
@@ -371,27 +375,21 @@ def make_plan(run, flags, device, agents):
         inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
     config = misc.override(saved["config"], flags, source) if saved else defaults.resolve({**inherited, **flags})
     workdir = Path(run.workdir or f"logs/{config.data.data_name}-{mode}")
-    path, origin = source, {"path": os.path.abspath(source), "sha256": misc.file_hash(source)} if saved else None
+    path, origin = source, None
+    if saved:
+        origin = {"path": os.path.abspath(source), "sha256": misc.file_hash(source), "step": saved["step"]}
 
     misc.check_folder(workdir, "workdir")
-    latest = misc.latest_checkpoint(workdir)
-    restarted = latest and is_restart(workdir, agents)
-    if latest and run.fresh and not restarted:
+    if misc.latest_checkpoint(workdir) and run.fresh and not is_restart(workdir, agents):
         if not run.force:
             raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
-    elif latest:
-        if not latest.exists():
-            raise UserError(
-                f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
-                "continue from the last checkpoint there is"
-            )
-        try:
-            held = load_run(latest)
-        except UserError as error:
-            raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
-        if source and not restarted and source.resolve() != latest.resolve() and not began_from(held, source):
-            if source.parent.resolve() == workdir.resolve():
-                raise UserError(f"--workdir {workdir} has gone beyond {source}: choose another folder to go back to it")
+    else:
+        latest, held = load_held(workdir)
+    if held:
+        asked = Path(run.resume or "")
+        if run.resume and asked.parent.resolve() == workdir.resolve() and asked.name != "latest.pth":
+            raise UserError(f"--workdir {workdir} goes on from its last checkpoint: leave --resume out, or choose another")
+        if source and source.resolve() != latest.resolve() and not began_from(held, origin):
             raise UserError(f"--workdir {workdir} holds a run that did not begin from {source}: choose another folder")
         path, saved = latest, held
         config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
@@ -423,46 +421,55 @@ def check_bank(config, device):
         )
 
 
-def began_from(held, source):
-    """Whether a run, the dict of its checkpoint, began by --resume from the checkpoint `source`: its path or its content.
-
-    The path alone will do, since what was there may have gone on (latest.pth), or gone.
-    """
-    origin = held["run"]["origin"]
-    if not origin:
-        return False
-    return origin["path"] == os.path.abspath(source) or os.path.isfile(source) and origin["sha256"] == misc.file_hash(source)
+def began_from(held, origin):
+    """Whether a run, the dict of its checkpoint, began by --resume from the checkpoint at that path, or with that content."""
+    mine = held["run"]["origin"]
+    return mine is not None and (mine["path"] == origin["path"] or mine["sha256"] == origin["sha256"])
 
 
-def stand_in(workdir, source):
-    """The last checkpoint of the run in a folder if that began from the missing `source`; else None."""
+def load_held(workdir):
+    """(path, load_run() of it) of the last checkpoint in a folder, (None, None) without one; UserError says what to remove."""
     misc.check_folder(workdir, "workdir")
     latest = misc.latest_checkpoint(workdir)
-    return latest if latest and latest.exists() and began_from(load_run(latest), source) else None
+    if latest is None:
+        return None, None
+    if not latest.exists():
+        raise UserError(
+            f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
+            "continue from the last checkpoint there is"
+        )
+    try:
+        return latest, load_run(latest)
+    except UserError as error:
+        raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
 
 
 def torchrun_agent():
-    """What tells the torchrun that started this process from all others, of other jobs and machines; None without one.
+    """What tells the job of torchrun, and the process of torchrun on this machine, from all others; None without torchrun.
 
-    It lives as long as the job, through any restart of its processes.
+    That process lives as long as the job, through any restart.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     agent, begun = os.getppid(), ""
     with suppress(OSError):  # systems without /proc
         begun = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # ticks since the machine started
-    return f"{socket.gethostname()} {agent} {begun}"
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {agent} {begun}"
 
 
 def is_restart(workdir, agents):
     """Whether torchrun has started this run again, after a process died or a machine came: by the same command, --fresh too,
     but to go on.
+
+    Its count says so, but stays 0 when a machine comes or goes; its process does, unless a shell is in between.
     """
     try:
         begun_by = (workdir / ".lock").read_text().splitlines()
     except OSError:
         return False
-    return any(agent in begun_by for agent in agents)
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and any(line.split(" ")[0] == job for line in begun_by)
+    return counted or any(agent in begun_by for agent in agents)
 
 
 def load_run(path):
@@ -474,14 +481,19 @@ def load_run(path):
     misc.check_mean(saved["mean"], config, path)
     try:
         counts = [run[name] for name in ("ranks", "bsz", "images", "skipped")]
-        counts += [run["window"]["steps"], run["window"]["skipped"]]
-        sums = [value for part in run["window"]["sums"] for value in part.values()]
-        if not all(type(n) is int and n >= 0 for n in counts) or not all(math.isfinite(value) for value in sums):
+        counts += [run["window"]["steps"], run["window"]["skipped"], run["ranks"] - 1]
+        sums, origin = run["window"]["sums"], run["origin"]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in counts):
             raise ValueError("numbers of another kind")
-        if len(run["window"]["sums"]) != run["ranks"] or not {"teacher", "data"} <= run.keys():
+        if not all(part.keys() == sums[0].keys() and set(map(type, part)) <= {str} for part in sums):
+            raise ValueError("ranks that logged different things")
+        if not all(type(value) is float and math.isfinite(value) for part in sums for value in part.values()):
+            raise ValueError("sums of another kind")
+        if len(sums) != run["ranks"] or not {"teacher", "data"} <= run.keys():
             raise ValueError("parts are missing")
-        if run["origin"] is not None and not all(isinstance(run["origin"][name], str) for name in ("path", "sha256")):
-            raise ValueError("no path and hash")
+        kinds = {"path": str, "sha256": str, "step": int}
+        if origin is not None and {name: type(value) for name, value in origin.items()} != kinds:
+            raise ValueError("another origin")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
     return {**saved, "config": config}
@@ -531,7 +543,7 @@ def lock_workdir(workdir):
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a")  # noqa: SIM115
+        lock = open(workdir / ".lock", "a+")  # noqa: SIM115
         for attempt in range(10, -1, -1):
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -550,7 +562,8 @@ def lock_workdir(workdir):
 def prepare_workdir(plan, fresh, keep, agents):
     """Make and lock the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
 
-    Returns the lock.  Its file holds the `agents`, for is_restart(), but only once nothing is left to remove for `fresh`.
+    Returns the lock.  Its file holds the `agents`, for is_restart(): none before all is removed for `fresh`, and then never
+    fewer, wherever this is killed.
     """
     workdir, start = plan.workdir, plan.saved["step"] if plan.saved else 0
     lines = read_metrics(workdir) if plan.in_place else []
@@ -561,11 +574,13 @@ def prepare_workdir(plan, fresh, keep, agents):
         misc.remove_leftovers(folder)
     try:
         if fresh:
+            lock.truncate(0)
             for path in (*misc.checkpoints(workdir), *(workdir / name for name in ("latest.pth", "metrics.jsonl", "loss.png"))):
                 path.unlink(missing_ok=True)
             shutil.rmtree(workdir / "samples", ignore_errors=True)
-        lock.truncate(0)
-        lock.write("\n".join(filter(None, agents)))
+        lock.seek(0)  # to open the file again and close it would give up the lock
+        known = lock.read().splitlines()
+        lock.write("".join(f"{agent}\n" for agent in sorted(set(agents) - {None, *known})))
         lock.flush()
     except OSError as error:
         raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
@@ -582,8 +597,11 @@ def read_metrics(workdir):
     path = workdir / "metrics.jsonl"
     try:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [{"step": json.loads(line)["step"], **json.loads(line)} for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = [json.loads(line) for line in lines]
+        if not all(type(line["step"]) is int for line in lines):
+            raise ValueError("a step that is no number")
+        return lines
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: repair it, or move it away") from error
 
 
@@ -692,9 +710,6 @@ def train(run, flags, device):
         skipped = saved["run"]["skipped"]
         misc.log(f"continuing {plan.path} at step {start} of {cfg.train_steps}")
     plan = dataclasses.replace(plan, config=config)
-    anew = run.fresh and not saved
-    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, anew, run.keep, agents))  # noqa: F841 (held until the end)
-
     if start == cfg.train_steps:
         objective = None
     elif not teacher:
@@ -703,10 +718,15 @@ def train(run, flags, device):
         objective = Trajectory(model, config, teacher, distance, device, start)
     else:
         objective = Semigroup(model, config, teacher, distance, device, ema)
+    anew = run.fresh and not saved
+    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, anew, run.keep, agents))  # noqa: F841 (held until the end)
+    if isinstance(objective, Trajectory):
+        objective.fill_bank()
     data = misc.batches(dataset, config.data, cfg, start)
     parameters = list(model.parameters())
     generator = torch.Generator(device)
     shown, last_saved = {}, start if in_place else None
+    asked, owed = None, False  # a signal to stop, and a checkpoint: both wait for a step that is not skipped
 
     def record(line):
         if rank == 0:
@@ -718,13 +738,14 @@ def train(run, flags, device):
 
     def give_up(what, done):
         held = misc.latest_checkpoint(workdir)
-        again = f"begin a new run from the last good checkpoint: --resume {held} --workdir NEW --lr" if held else "begin with"
-        raise UserError(f"{what}, up to step {done}: look at the data, or {again} a lower --lr")
+        again = f"a new run from the last good checkpoint, --resume {held} --workdir NEW, with" if held else "again with"
+        raise UserError(f"{what}, up to step {done}: look at the data, or begin {again} a lower --lr")
 
     def save(done):
         nonlocal last_saved
         if done != last_saved and (not in_a_row or done == cfg.train_steps):  # else it is not known to be good
-            if not all(x.isfinite().all() for net in (model, ema.module) for x in net.state_dict().values()):
+            finite = all(x.isfinite().all() for net in (model, ema.module) for x in net.state_dict().values())
+            if not all(dist_util.gather(finite)):
                 give_up("the weights are not finite", done)
             kept = {"ranks": world, "bsz": cfg.bsz, "images": len(dataset), "data": data_hash, "skipped": skipped}
             kept |= {"origin": plan.origin, "teacher": plan.teacher_hash, "window": window.content()}
@@ -777,7 +798,7 @@ def train(run, flags, device):
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 shown["skipped"] = skipped
                 window.skipped += 1
-                if in_a_row == min(SKIPPED_IN_A_ROW, cfg.train_steps):
+                if in_a_row == min(SKIPPED_IN_A_ROW, cfg.train_steps - (plan.origin["step"] if plan.origin else 0)):
                     give_up(f"no finite loss or gradient in {in_a_row} steps", step + 1)
 
             done = step + 1
@@ -791,11 +812,12 @@ def train(run, flags, device):
                 bar.set_postfix(shown)
                 window, clock = Window(device), Stopwatch(cfg.global_bsz)
             with clock.paused():  # images/s is that of training
-                if stopping:
+                asked, owed = asked or stopping, owed or due(done, cfg.dump_freq)
+                if (asked or owed) and not in_a_row:
                     save(done)
-                    raise Stopped(stopping)
-                if due(done, cfg.dump_freq):
-                    save(done)
+                    owed = False
+                    if asked:
+                        raise Stopped(asked)
                 draw_and_score(done)
                 if done == cfg.train_steps:
                     save(done)

@@ -453,7 +453,7 @@ def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_checkpoint
     assert job.wait() == [2] and "no finite loss or gradient in 20 steps, up to step 27: look at" in job.err(), job.err()
     latest = misc.latest_checkpoint(tmp_path / "run")
     assert latest.name == "DDPMpp-000006.pth"  # not one of the steps that were skipped
-    advice = f"begin a new run from the last good checkpoint: --resume {latest} --workdir NEW --lr"
+    advice = f"begin a new run from the last good checkpoint, --resume {latest} --workdir NEW, with a lower --lr"
     assert advice in job.err()
     better = Job(tmp_path / "new", *STAGE_1, "--resume", latest, "--workdir", tmp_path / "new", "--lr", "1e-4")
     assert better.wait() == [0], better.err()
@@ -462,8 +462,35 @@ def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_checkpoint
 def test_a_run_all_of_whose_steps_were_skipped_has_failed(tmp_path):
     run = [*STAGE_1, "--bsz", "8", "--workdir", tmp_path / "run"]
     job = Job(tmp_path / "log", *run, prepare=partial(poison, set(range(12)), "loss"))
-    assert job.wait() == [2] and "in 12 steps, up to step 12: look at the data, or begin with a lower --lr" in job.err()
+    assert job.wait() == [2] and "in 12 steps, up to step 12: look at the data, or begin again with a lower --lr" in job.err()
     assert not misc.checkpoints(tmp_path / "run")
+    assert Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "good").wait() == [0]
+    further = ["--resume", tmp_path / "good" / "latest.pth", "--train_steps", "15", "--workdir", tmp_path / "further"]
+    job = Job(tmp_path / "further.log", *run, *further, prepare=partial(poison, set(range(12)), "loss"))
+    assert job.wait() == [2] and "in 3 steps, up to step 15" in job.err(), job.err()
+
+
+def test_a_checkpoint_that_a_skipped_step_put_off_is_written_after_the_next_good_one(tmp_path):
+    """And so is that of a signal."""
+    run = [*STAGE_1, "--bsz", "8", "--keep", "0", "--workdir"]
+    job = Job(tmp_path / "log", *run, tmp_path / "run", prepare=partial(poison, {2, 8, 9}, "loss"))
+    assert job.wait() == [0], job.err()
+    assert [int(path.stem[-2:]) for path in misc.checkpoints(tmp_path / "run")] == [4, 6, 11, 12]
+    job = Job(tmp_path / "stopped", *run, tmp_path / "stopped", prepare=partial(stop_and_poison, {4, 5}))
+    assert job.wait() == [143], job.err()
+    assert misc.latest_checkpoint(tmp_path / "stopped").name == "DDPMpp-000007.pth"
+
+
+def stop_and_poison(steps):
+    poison(steps, "loss")
+    real, calls = train.accumulate, iter(range(10**9))
+
+    def stopping(*args):
+        if next(calls) == min(steps):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    train.accumulate = stopping
 
 
 def ruin(step):
@@ -518,8 +545,8 @@ def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "other")
 
 
-def pretend_other_machine():
-    train.socket.gethostname = lambda: "elsewhere"
+def pretend_machine(name):
+    train.socket.gethostname = lambda: name
 
 
 def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
@@ -529,9 +556,37 @@ def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
     assert Job(tmp_path / "first", *shared, **agent, fault=("step", 8)).wait() == [-signal.SIGKILL]
     again = Job(tmp_path / "again", *shared, **agent)
     assert again.wait() == [0] and "at step 6 of 12" in again.err(), again.err()
-    for name, options in (("other", {**agent, "prepare": pretend_other_machine}), ("alone", {})):
+    counted = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    wrapped = Job(tmp_path / "wrapped", *shared, environment=counted, prepare=partial(pretend_machine, "a"))
+    assert wrapped.wait() == [0] and "at step 12 of 12" in wrapped.err(), wrapped.err()
+    other_job = {"environment": {"TORCHELASTIC_RUN_ID": "other"}}
+    elsewhere = {**agent, "prepare": partial(pretend_machine, "b")}
+    for name, options in (("elsewhere", elsewhere), ("other", other_job), ("alone", {})):
         job = Job(tmp_path / name, *shared, **options)
         assert job.wait() == [0] and "continuing" not in job.err(), job.err()
+
+
+def kill_when_jobs_are_noted():
+    train.socket.gethostname = lambda: "another"  # so that there is something to note
+    real = train.lock_workdir
+
+    def locked(workdir):
+        lock = real(workdir)
+        lock.seek = lambda *place: os.kill(os.getpid(), signal.SIGKILL)
+        return lock
+
+    train.lock_workdir = locked
+
+
+def test_a_restart_that_is_killed_while_it_notes_its_job_leaves_the_run_to_the_next(tmp_path):
+    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
+    job = {"environment": {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}}
+    first = {"environment": {"TORCHELASTIC_RUN_ID": "none"}, "fault": ("step", 8)}
+    assert Job(tmp_path / "first", *shared, **first).wait() == [-signal.SIGKILL]
+    killed = Job(tmp_path / "killed", *shared, **job, prepare=kill_when_jobs_are_noted)
+    assert killed.wait() == [-signal.SIGKILL]
+    last = Job(tmp_path / "last", *shared, **job)
+    assert last.wait() == [0] and "at step 6 of 12" in last.err(), last.err()
 
 
 def test_the_command_that_began_from_another_run_continues_when_that_run_has_gone_on_or_is_gone(tmp_path):
@@ -620,7 +675,7 @@ def test_what_one_rank_left_out_is_shared_among_all(tmp_path, teacher):
     for path in (tmp_path / "cut").glob("*[13579].png"):  # those of the second rank, 15, in batches of 4
         path.unlink()
     job = Job(tmp_path / "again", *command, "--workdir", tmp_path / "cut", ranks=2)
-    assert job.wait() == [0, 0] and "4 of 8 batches are to be made" in job.err() and " 8/8 " in job.err(), job.err()
+    assert job.wait() == [0, 0] and "15 of 31 are missing, in 4 batches" in job.err() and " 8/8 " in job.err(), job.err()
     for path in (tmp_path / "whole").glob("*.png"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 

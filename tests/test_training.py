@@ -136,6 +136,7 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
     teacher = tiny_teacher()
     student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2)
     objective = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
+    objective.fill_bank()
     step = objective.teacher_step(None)
     bank, ts = objective.bank.clone(), objective.ts
     assert bank.shape == (5, 16, 1, 8, 8)
@@ -147,9 +148,8 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
         objective.start_step(n)
         changed.append([bool((objective.bank[:, h] != bank[:, h]).any()) for h in (slice(0, 8), slice(8, 16))])
     assert changed == [[False, False], [True, False], [True, False], [True, True]]
-    later = train.Trajectory(
-        student, config, teacher, sde.huber, torch.device("cpu"), start=4
-    )  # what a run that continues at 4 sees
+    later = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=4)
+    later.fill_bank()  # what a run that continues at 4 sees
     assert torch.equal(later.bank, objective.bank)
 
 
@@ -160,6 +160,7 @@ def test_fresh_student_makes_the_one_step_loss_zero_with_one_teacher_step(object
     student, config = student_of(teacher, num_steps=1, bank_size=8, objective=objective, dsm_share=0.0, dsm_weight=0.0)
     if objective == "trajectory":
         loss = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
+        loss.fill_bank()
     else:
         loss = train.Semigroup(student, config, teacher, sde.huber, torch.device("cpu"), misc.EMA(student, 0.9))
     value, _ = loss(torch.rand(8, 1, 8, 8), None, torch.Generator().manual_seed(0))
@@ -174,6 +175,7 @@ def test_objectives_learn_and_use_labels(objective, label_dim):
     ema = misc.EMA(student, 0.9)
     if objective == "trajectory":
         loss = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
+        loss.fill_bank()
     else:
         loss = train.Semigroup(student, config, teacher, sde.huber, torch.device("cpu"), ema)
     optim = torch.optim.RAdam(student.parameters(), lr=3e-3)
@@ -256,7 +258,7 @@ def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
     other = [*resume[:-1], tmp_path / "whole" / "DDPMpp-000003.pth", "--train_steps", "9"]
     assert "did not begin from" in run(*other, expect=2).stderr
     back = [*resume[:-3], tmp_path / "whole", *resume[-2:]]
-    assert "has gone beyond" in run(*back, expect=2).stderr
+    assert "goes on from its last checkpoint" in run(*back, expect=2).stderr
 
 
 def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
@@ -266,7 +268,7 @@ def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
     with open(metrics, "a") as file:
         file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # what a run that was killed later may leave
     checkpoint = tmp_path / "run" / "DDPMpp-000003.pth"
-    run("train.py", "--resume", checkpoint, "--train_steps", "5", "--workdir", tmp_path / "run")
+    run("train.py", "--resume", tmp_path / "run" / "latest.pth", "--train_steps", "5", "--workdir", tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "DDPMpp-000005.pth", weights_only=True)["config"]
     assert saved["network"]["sigma_data"] == 0.5 and not saved["data"]["centered"] and saved["train"]["lr"] == 1e-4
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 5]
