@@ -7,63 +7,52 @@ The picture's rows are seeds, its two blocks the denoiser's ODE and the flow map
 compare-fid.csv, beside the picture; the features are those of --ref_path, pixels or Inception's.
 """
 
+import dist_util
+from dist_util import UserError
+
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import dataset
 import defaults
-import dist_util
+import fid
+import generator
 import misc
 from defaults import setting
-from dist_util import UserError
 
 TITLES = {"denoiser": "denoiser, ODE", "characteristic": "flow map"}
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(fid.InceptionFile):
     """comparison"""
 
-    denoiser: str | None = setting(None, "checkpoint of the denoiser")
-    characteristic: str | None = setting(None, "checkpoint of the flow map")
-    dest: str = setting("compare.png", "PNG file for the picture")
+    denoiser: str | None = setting(None, "checkpoint of the denoiser", path="")
+    characteristic: str | None = setting(None, "checkpoint of the flow map", path="")
+    dest: str = setting("compare.png", "PNG file for the picture", path=".png")
     num_steps: tuple[int, ...] = setting((1, 2, 5, 10, 20), "numbers of steps to compare")
     nsampling: int = setting(8, "rows of the picture: seeds from 0")
-    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for the curves")
+    ref_path: str | None = setting(
+        None, "npz file with the reference's statistics (fid.py --mode ref), for the curves", path=""
+    )
     end_seed: int = setting(1799, "last seed, included, of the images scored for the curves")
     images: str | None = setting(
-        None, "folder with the images of eval.py in folders {mode}-{steps}, to score those instead of making them again"
-    )
-    inception_weights: str | None = setting(
         None,
-        f"file of the InceptionV3's weights, if --ref_path needs it; weights/{misc.WEIGHTS['inception_weights'][0]} if "
-        "left out",
+        "folder with the images of eval.py in folders {mode}-{steps}, to score those instead of making them again",
+        path="",
     )
-    download: bool = setting(False, "fetch the weights where they are published, if their file is missing")
-
-
-def with_steps(trained, steps):
-    sampling = replace(trained.config.sampling, num_steps=steps)
-    return replace(trained, config=replace(trained.config, sampling=sampling))
 
 
 def draw_images(models, run):
     """The picture: rows are seeds, columns numbers of evaluations, a block for each model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows, columns = run.nsampling, len(run.num_steps)
-    fig, axes = plt.subplots(1, 2, figsize=(1.4 * columns + 1, 0.62 * rows + 0.7), layout="constrained")
+    figure, axes = misc.new_figure(2, 1.4 * columns + 1, 0.62 * rows + 0.7)
     for ax, (mode, trained) in zip(axes, models.items()):
-        blocks, evaluations = [], []
-        for steps in run.num_steps:
-            model = with_steps(trained, steps)
-            blocks.append(torch.cat([images for _, images in misc.generate(model, range(rows), f"{mode}, {steps} steps")]))
-            evaluations.append(misc.nfe(model.config))
+        blocks = [trained.with_steps(steps).images(range(rows)) for steps in run.num_steps]
+        evaluations = [generator.nfe(trained.with_steps(steps).config) for steps in run.num_steps]
         picture, cell = misc.tile(torch.stack(blocks, 1).flatten(0, 1), columns)
         ax.imshow(picture.permute(1, 2, 0))
         ax.set(title=TITLES[mode], xlabel="network evaluations", ylabel="seed")
@@ -71,43 +60,39 @@ def draw_images(models, run):
         ax.set_yticks([(i + 0.5) * cell for i in range(rows)], range(rows))
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-    with misc.atomic(run.dest) as temporary:
-        fig.savefig(temporary, dpi=150, format="png")
-    plt.close(fig)
+    misc.write_figure(run.dest, figure)
 
 
 def image_statistics(trained, mode, steps, extract, run):
     """Statistics of the images of a model with so many steps, sampled here or found in --images."""
+    seeds, model = range(run.end_seed + 1), trained.with_steps(steps)
     if run.images is None:
-        return misc.measure(misc.Generated(with_steps(trained, steps), range(run.end_seed + 1)), extract)
+        return fid.measure(generator.Generated(model, seeds), extract)
     folder = Path(run.images) / f"{mode}-{steps}"
-    images, metadata = misc.open_images(folder)
-    made_by = metadata["made_by"]
-    sampling = defaults.to_dict(with_steps(trained, steps).config)["sampling"]
-    for name in ["eval_bsz"] + ["ode_solver", "sde"] * (mode == "characteristic"):  # these change no image
-        sampling.pop(name)
-    found = made_by.get("config", {}).get("sampling", {})
-    different = [k for k in sampling if found.get(k) != sampling[k]]
-    if made_by.get("sha256") != misc.file_hash(trained.path) or different:
+    images, metadata = dataset.open_images(folder)
+    made_by, record = metadata["made_by"], model.record(seeds)
+    found, sampling = made_by.get("config", {}).get("sampling", {}), record["config"]["sampling"]
+    different = [k for k in sampling if k != "eval_bsz" and found.get(k) != sampling[k]]  # which changes no image
+    if made_by.get("sha256") != record["sha256"] or different:
         raise UserError(
             f"{folder} was made from another checkpoint or with other {', '.join(different) or 'weights'}: make it again"
         )
-    return misc.measure(images, extract)
+    return fid.measure(images, extract)
 
 
 def score(models, run, device):
     """The rows of the curves' table: mode, nfe, n, features, fid."""
-    reference = misc.read_statistics(run.ref_path)
-    features = misc.choose_features("auto", None, reference)
-    extract = misc.load_features(features, device, run.inception_weights, run.download)
+    reference = fid.read_statistics(run.ref_path)
+    features = fid.choose_features("auto", None, reference)
+    extract = fid.load_features(features, device, run.inception_weights, run.download)
     shape = models["denoiser"].mean.shape
-    misc.check_comparable(reference, extract.dimension(shape), misc.metadata_of(extract, shape, run.end_seed + 1))
+    fid.check_comparable(reference, extract.dimension(shape), fid.metadata_of(extract, shape, run.end_seed + 1))
     rows = []
     for mode, trained in models.items():
         for steps in run.num_steps:
             images = image_statistics(trained, mode, steps, extract, run)
-            row = {"mode": mode, "nfe": misc.nfe(with_steps(trained, steps).config), "n": images.metadata["n"]}
-            rows.append({**row, "features": features, "fid": f"{misc.frechet_distance(reference, images):.4f}"})
+            row = {"mode": mode, "nfe": generator.nfe(trained.with_steps(steps).config), "n": images.metadata["n"]}
+            rows.append({**row, "features": features, "fid": f"{fid.frechet_distance(reference, images):.4f}"})
     if len({row["n"] for row in rows}) > 1:
         raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
     return rows
@@ -115,17 +100,12 @@ def score(models, run, device):
 
 def draw_curves(rows, run):
     """The FID of both models against evaluations: a picture and a CSV file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     stem = Path(run.dest).with_suffix("")
     with misc.atomic(f"{stem}-fid.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    fig, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, (ax,) = misc.new_figure(1, 5, 3.5)
     for mode in TITLES:
         mine = [row for row in rows if row["mode"] == mode]
         ax.plot([row["nfe"] for row in mine], [float(row["fid"]) for row in mine], "o-", label=TITLES[mode])
@@ -134,9 +114,7 @@ def draw_curves(rows, run):
     ax.set_xticks([row["nfe"] for row in mine], [row["nfe"] for row in mine], minor=False)
     ax.minorticks_off()
     ax.legend()
-    with misc.atomic(f"{stem}-fid.png") as temporary:
-        fig.savefig(temporary, dpi=150, format="png")
-    plt.close(fig)
+    misc.write_figure(f"{stem}-fid.png", figure)
     return [f"{stem}-fid.png", f"{stem}-fid.csv"]
 
 
@@ -152,7 +130,7 @@ def main():
             )
         models = {}
         for mode in ("denoiser", "characteristic"):
-            models[mode] = misc.load_model(getattr(run, mode), flags, device)
+            models[mode] = generator.load_model(getattr(run, mode), flags, device)
             if models[mode].config.task.mode != mode:
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
         if models["denoiser"].mean.shape != models["characteristic"].mean.shape:

@@ -4,16 +4,27 @@ A setting is a field of one of the frozen dataclasses below; its name is its fla
 the field, from the preset of `--data_name` and `--mode`, from a checkpoint where one is read, and from the command line.
 """
 
+from dist_util import UserError
+
 import argparse
 import dataclasses
+import difflib
+import os
 import typing
 from dataclasses import dataclass, field, fields
 
-from dist_util import UserError
 
+def setting(default, help, choices=None, least=None, most=None, between=None, path=None, flag=True):
+    """A field that is a setting.
 
-def setting(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+    choices   the values allowed
+    least     least and `most` greatest value allowed: more would be a slip, and would fill the memory or take for ever
+    between   (low, high), both excluded
+    path      a file or folder, in which `~` is home; a text such as ".npz" is added to names that do not end in it
+    flag      False for what is recorded, and no flag
+    """
+    limits = {"choices": choices, "least": least, "most": most, "between": between}
+    return field(default=default, metadata={"help": help, "path": path, "flag": flag, **limits})
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -25,7 +36,7 @@ class Task:
 
     mode: str = setting(
         "denoiser",
-        "denoiser: stage 1, or sampling its ODE; characteristic: stage 2, or sampling its flow map",
+        "denoiser: stage 1, train the denoiser; characteristic: stage 2, distil it into the flow map",
         ("denoiser", "characteristic"),
     )
 
@@ -34,16 +45,23 @@ class Task:
 class Data:
     """data"""
 
-    data_name: str = setting("digits", "data set", ("digits", "mnist", "cifar", "afhq", "folder"))
+    data_name: str = setting("digits", "data set", lambda: tuple(DATA_PRESETS))
     data_path: str = setting(
         "data",
         "where the images are; mnist, cifar: folder of the torchvision files, filled if missing; afhq: holds "
         "afhq/train/{cat,dog,wild}; folder: a flat folder, class folders or a zip of images; digits: not used",
+        path="",
     )
-    image_size: int = setting(64, "height and width in pixels (afhq, folder: images are cropped to squares and resized)")
+    image_size: int = setting(
+        64, "height and width in pixels (afhq, folder: images are cropped to squares and resized)", least=1, most=4096
+    )
     image_channels: int = setting(3, "1 for grey, 3 for colour (free for folder alone)", (1, 3))
     centered: bool = setting(True, "pixels scaled to [-1, 1] instead of [0, 1]")
-    num_workers: int = setting(0, "processes that read images, per rank; 0 reads in the training process")
+    num_workers: int = setting(
+        0, "threads that read images ahead, per rank; 0 reads them when they are needed", least=0, most=1024
+    )
+    class_names: tuple[str, ...] = setting((), "the classes found in the data, in the order of their numbers", flag=False)
+    class_counts: tuple[int, ...] = setting((), "how many images each of them has", flag=False)
 
 
 @dataclass(frozen=True)
@@ -51,42 +69,48 @@ class Network:
     """network"""
 
     architecture: str = setting("ddpmpp", "U-Net of Song et al. in its DDPM++ or NCSN++ form", ("ddpmpp", "ncsnpp"))
-    model_channels: int = setting(128, "channels at full resolution, before --channel_mult")
+    model_channels: int = setting(128, "channels at full resolution, before --channel_mult", least=1, most=2**16)
     channel_mult: tuple[int, ...] = setting((1, 2, 2, 2), "channels at each resolution, in model_channels")
-    channel_mult_emb: int = setting(4, "width of the embeddings of time and label, in model_channels")
-    num_blocks: int = setting(4, "residual blocks at each resolution")
+    channel_mult_emb: int = setting(4, "width of the embeddings of time and label, in model_channels", least=1, most=1024)
+    num_blocks: int = setting(4, "residual blocks at each resolution", least=1, most=1024)
     attn_resolutions: tuple[int, ...] = setting((16,), "resolutions in pixels with self-attention; no value for none")
-    dropout: float = setting(0.1, "probability of zeroing a hidden activation in training")
-    label_dim: int = setting(0, "number of classes to condition on; 0 for none")
-    label_dropout: float = setting(0.0, "probability of hiding the label of a training image")
-    sigma_data: float = setting(1.0, "standard deviation of the data that the preconditioning assumes")
-    M: float = setting(999.0, "network's unit of time: it sees M t")
+    dropout: float = setting(0.1, "probability of zeroing a hidden activation in training", least=0, most=1)
+    label_dim: int = setting(0, "number of classes to condition on; 0 for none", least=0, most=2**20)
+    label_dropout: float = setting(0.0, "stage 1: probability of hiding the label of a training image", least=0, most=1)
+    sigma_data: float = setting(1.0, "standard deviation of the data that the preconditioning assumes", between=(1e-4, 1e4))
+    M: float = setting(999.0, "network's unit of time: it sees M t", between=(0, 1e6))
 
 
 @dataclass(frozen=True)
 class Train:
     """training"""
 
-    train_steps: int = setting(10000, "optimizer steps in all")
-    global_bsz: int = setting(1024, "images per optimizer step over all ranks and accumulation rounds")
-    bsz: int = setting(128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks")
-    lr: float = setting(1e-3, "learning rate (RAdam, gradient norm clipped to 1)")
-    lr_rampup_steps: int = setting(500, "steps of linear warm-up")
+    train_steps: int = setting(10000, "optimizer steps in all", least=1, most=2**31)
+    global_bsz: int = setting(1024, "images per optimizer step over all ranks and accumulation rounds", least=1, most=2**24)
+    bsz: int = setting(
+        128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks", least=1, most=2**20
+    )
+    lr: float = setting(1e-3, "learning rate (RAdam, gradient norm clipped to 1)", between=(0, 10))
+    lr_rampup_steps: int = setting(500, "steps of linear warm-up", least=0, most=2**31)
     lr_decay: str = setting(
         "none",
         "the rate, besides the warm-up: constant, or half a cosine from the first step to 0 at the last",
         ("none", "cosine"),
     )
-    ema_decay: float = setting(0.999, "decay per step of the average of the weights: min(this, (1 + step)/(10 + step))")
-    train_eps0: float = setting(1e-5, "least time trained, and last positive point of stage 2's grid (t = 0 is data)")
-    train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this")
-    log_freq: int = setting(100, "steps between lines of metrics.jsonl")
-    sampling_freq: int = setting(1000, "steps between grids of samples; 0 for none")
-    dump_freq: int = setting(5000, "steps between checkpoints (the last step always writes one)")
-    nsampling: int = setting(64, "images in a grid of samples")
-    fid_freq: int = setting(0, "steps between scores of the moving average against --ref_path; 0 for none")
-    fid_num: int = setting(2048, "images for such a score, of seeds from 0; from a flow map in one step")
-    seed: int = setting(0, "seed of the initial weights, the data order and all noise")
+    ema_decay: float = setting(
+        0.999, "decay per step of the average of the weights: min(this, (1 + step)/(10 + step))", least=0, most=1
+    )
+    train_eps0: float = setting(
+        1e-5, "least time trained, and last positive point of stage 2's grid (t = 0 is data)", between=(1e-8, 1)
+    )
+    train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this", between=(1e-8, 1))
+    log_freq: int = setting(100, "steps between lines of metrics.jsonl", least=1, most=2**31)
+    sampling_freq: int = setting(1000, "steps between grids of samples, and loss.png; 0 for none", least=0, most=2**31)
+    dump_freq: int = setting(5000, "steps between checkpoints (the last step always writes one)", least=1, most=2**31)
+    nsampling: int = setting(64, "images in a grid of samples", least=1, most=2**16)
+    fid_freq: int = setting(0, "steps between scores of the moving average against --ref_path; 0 for none", least=0, most=2**31)
+    fid_num: int = setting(2048, "images for such a score, of seeds from 0", least=2, most=2**24)
+    seed: int = setting(0, "seed of the initial weights, the data order and all noise", least=0, most=2**31)
 
 
 @dataclass(frozen=True)
@@ -97,25 +121,28 @@ class Distil:
         "trajectory",
         "trajectory: regression on stored solutions of the teacher's ODE (the paper); semigroup: consistency along the ODE "
         "(the authors' code)",
-        ("trajectory", "semigroup"),
     )
     loss_norm: str = setting(
         "huber",
-        "distance between images; lpips, a perceptual one, needs two files of weights and is slow without a GPU",
-        ("l2", "huber", "lpips"),
+        "distance between images: l2, huber, or lpips, a perceptual one, which needs two files of weights and is slow "
+        "without a GPU",
     )
-    teacher_solver: str = setting("deis", "solver of the teacher's ODE", ("euler", "heun", "deis"))
-    dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t")
+    grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", least=1, most=4096, flag=False)
+    grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
+    teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun or deis")
+    dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", least=0, most=10**6)
     adaptive_weight: bool = setting(
         True, "scale the stage-1 loss to pull as hard at the last layer as the distance does, before --dsm_weight"
     )
-    dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss")
-    one_step_share: float = setting(0.4, "trajectory: share of pairs (noise, data)")
-    to_data_share: float = setting(0.2, "trajectory: share of pairs (any time, data)")
-    bank_size: int = setting(8192, "trajectory: solutions stored, per rank")
-    bank_refresh_freq: int = setting(32, "trajectory: steps between replacing the oldest bsz solutions; 0 for never")
+    dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", least=0, most=1)
+    one_step_share: float = setting(0.4, "trajectory: share of pairs (noise, data)", least=0, most=1)
+    to_data_share: float = setting(0.2, "trajectory: share of pairs (any time, data)", least=0, most=1)
+    bank_size: int = setting(8192, "trajectory: solutions stored, over all ranks", least=1, most=2**24)
+    bank_refresh_freq: int = setting(
+        32, "trajectory: steps between replacing the oldest global_bsz solutions; 0 for never", least=0, most=2**31
+    )
     bank_dtype: str = setting("float32", "trajectory: precision of the stored solutions", ("float32", "float16"))
-    teacher_steps: int = setting(19, "semigroup: greatest number of teacher steps from t to u")
+    teacher_steps: int = setting(19, "semigroup: greatest number of teacher steps from t to u", least=1, most=4096)
     teacher_steps_strategy: str = setting(
         "proportional",
         "semigroup: n teacher steps are drawn with probability as n, or the same for all n",
@@ -127,18 +154,28 @@ class Distil:
 class Sampling:
     """sampling"""
 
-    ode_solver: str = setting("deis", "solver of the denoiser's ODE (mode denoiser)", ("euler", "heun", "deis"))
-    num_steps: int = setting(20, "steps from noise to data: network calls, 2n - 1 for heun; in training, stage 2's grid")
-    rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced")
-    eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)")
-    eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this")
-    sde: bool = setting(False, "sample the reverse SDE instead of the ODE (mode denoiser)")
-    churn: bool = setting(False, "noise mollification: before a step, go back to t' = (1 + gamma) t with fresh noise")
-    s_min: float = setting(0.0, "churn: least time at which it happens")
-    s_max: float = setting(1.0, "churn: greatest time at which it happens")
-    gamma: float = setting(0.1, "churn: how far back, relative to t")
-    class_idx: int = setting(-1, "class to draw, for conditional models; -1 draws a class from each image's seed")
-    eval_bsz: int = setting(256, "images per rank and batch")
+    ode_solver: str = setting("deis", "solver of the denoiser's ODE: euler, heun or deis; a flow map needs none")
+    num_steps: int = setting(
+        20,
+        "steps from noise to data: network calls, and more for heun (20 for a denoiser, 1 for a flow map; for train.py in "
+        "stage 2, the steps of the grid it learns on: 20)",
+        least=1,
+        most=4096,
+    )
+    rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced", between=(0.1, 100))
+    eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=(1e-8, 1))
+    eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=(1e-8, 1))
+    sde: bool = setting(False, "sample the reverse SDE instead of the ODE (denoiser)")
+    churn: bool = setting(
+        False, "noise mollification: before a step, go back to t' = (1 + gamma) t with fresh noise (denoiser)"
+    )
+    s_min: float = setting(0.0, "churn: least time at which it happens", least=0, most=1)
+    s_max: float = setting(1.0, "churn: greatest time at which it happens", least=0, most=1)
+    gamma: float = setting(0.1, "churn: how far back, relative to t", least=0, most=10**6)
+    class_idx: int = setting(
+        -1, "class to draw, for conditional models; -1 draws a class from each image's seed", least=-1, most=2**20
+    )
+    eval_bsz: int = setting(256, "images per rank and batch", least=1, most=2**20)
 
 
 SECTIONS = {"task": Task, "data": Data, "network": Network, "train": Train, "distil": Distil, "sampling": Sampling}
@@ -154,6 +191,10 @@ class Config:
     train: Train = Train()
     distil: Distil = Distil()
     sampling: Sampling = Sampling()
+
+    def replace(self, section, **values):
+        """The same with other values in one section."""
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
 
 
 # ------------------------------------------------------------------------------------------------------- presets
@@ -171,12 +212,12 @@ DATA_PRESETS = {
 DATA_COLUMNS = ("image_size", "image_channels", "centered", "num_workers", "sigma_data")
 
 NETWORK_PRESETS = {
-    # data_name  channels  mult          blocks  attention  dropout
-    "digits":   (32,       (1, 2),       1,      (4,),      0.0),
-    "mnist":    (32,       (1, 2, 2),    4,      (14,),     0.1),
-    "cifar":    (128,      (1, 2, 2, 2), 4,      (16,),     0.1),
-    "afhq":     (128,      (1, 2, 2, 2), 4,      (16,),     0.1),
-    "folder":   (128,      (1, 2, 2, 2), 4,      (16,),     0.1),
+    # data_name  channels  mult             blocks  attention  dropout
+    "digits":   (32,       (1, 2),          1,      (4,),      0.0),
+    "mnist":    (32,       (1, 2, 2),       4,      (14,),     0.1),
+    "cifar":    (128,      (1, 2, 2, 2),    4,      (16,),     0.1),
+    "afhq":     (128,      (1, 1, 2, 2, 2), 4,      (16,),     0.1),
+    "folder":   (128,      (1, 2, 2, 2),    4,      (16,),     0.1),
 }  # fmt: skip
 NETWORK_COLUMNS = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
 
@@ -207,10 +248,13 @@ OTHER_PRESETS = {
 
 def preset(data_name, mode):
     """{setting: value} that `--data_name` and `--mode` choose."""
+    for name, value, known in (("data_name", data_name, DATA_PRESETS), ("mode", mode, ("denoiser", "characteristic"))):
+        choose(name, value, known)
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
         **dict(zip(NETWORK_COLUMNS, NETWORK_PRESETS[data_name])),
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
+        "num_steps": 1 if mode == "characteristic" else 20,
         **OTHER_PRESETS.get(data_name, {}),
     }
 
@@ -218,21 +262,32 @@ def preset(data_name, mode):
 # ------------------------------------------------------------------------------------------------------- configs
 
 
+def resolutions(image_size, channel_mult):
+    """Heights of the feature maps of a network, in pixels."""
+    return [image_size >> level for level in range(len(channel_mult))]
+
+
 def resolve(flags, base=None):
-    """Config from explicit flags {setting: value} over `base`, a Config, or over the preset they choose."""
-    known = {f.name for section in SECTIONS.values() for f in fields(section)}
-    values = {k: v for k, v in flags.items() if k in known}
+    """Config from explicit flags {setting: value} over `base`, a Config, or over the preset they choose.
+
+    UserError for a name that is no setting, and for values that are not allowed.
+    """
+    known = [f.name for section in SECTIONS.values() for f in fields(section)]
+    for name in flags:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
+    values = dict(flags)
     if base is None:
         base = Config()
-        data_name, mode = values.get("data_name", base.data.data_name), values.get("mode", base.task.mode)
-        values = {**preset(data_name, mode), **values}
+        chosen = preset(values.get("data_name", base.data.data_name), values.get("mode", base.task.mode))
+        values = {**chosen, **values}
+        if "attn_resolutions" not in flags:  # the preset's, where the network has them
+            has = resolutions(values["image_size"], values["channel_mult"])
+            values["attn_resolutions"] = tuple(r for r in values["attn_resolutions"] if r in has)
+    parts = {name: [f.name for f in fields(section) if f.name in values] for name, section in SECTIONS.items()}
     config = Config(
-        **{
-            name: dataclasses.replace(
-                getattr(base, name), **{f.name: values[f.name] for f in fields(section) if f.name in values}
-            )
-            for name, section in SECTIONS.items()
-        }
+        **{name: dataclasses.replace(getattr(base, name), **{key: values[key] for key in keys}) for name, keys in parts.items()}
     )
     check(config)
     return config
@@ -258,47 +313,38 @@ def from_dict(plain):
         for key, value in values.items():
             if key not in types:
                 raise UserError(f"unknown setting '{name}.{key}' in the configuration: the file is from another version")
-            if not _fits(value, types[key]):
+            if not fits(value, types[key]):
                 raise UserError(f"setting '{name}.{key}' is {value!r} in the configuration: the file is damaged")
         sections[name] = SECTIONS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     config = Config(**sections)
+    if config.task.mode == "characteristic" and "grid_steps" not in plain.get("distil", {}):
+        # Earlier versions had one setting for the grid of stage 2 and for sampling.
+        config = config.replace("distil", grid_steps=config.sampling.num_steps, grid_rho=config.sampling.rho)
+        config = config.replace("sampling", num_steps=1, churn=False)
+    has = resolutions(config.data.image_size, config.network.channel_mult)
+    config = config.replace("network", attn_resolutions=tuple(r for r in config.network.attn_resolutions if r in has))
     check(config)
     return config
 
 
-def _fits(value, kind):
+def fits(value, kind):
+    """Whether a plain value is of an annotated type; whole numbers are floats too."""
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
+        return isinstance(value, (list, tuple)) and all(type(v) is typing.get_args(kind)[0] for v in value)
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-# The greatest value is what could be meant: more would be a slip, and would fill the memory or take for ever.
-LIMITS = {
-    # setting: (least, greatest), both allowed
-    **dict.fromkeys(["train_steps", "log_freq", "dump_freq"], (1, 2**31)),
-    **dict.fromkeys(["lr_rampup_steps", "sampling_freq", "fid_freq", "bank_refresh_freq", "seed"], (0, 2**31)),
-    **dict.fromkeys(["global_bsz", "bank_size"], (1, 2**24)),
-    **dict.fromkeys(["bsz", "eval_bsz"], (1, 2**20)),
-    **dict.fromkeys(["model_channels", "nsampling"], (1, 2**16)),
-    **dict.fromkeys(["num_steps", "teacher_steps"], (1, 4096)),
-    **dict.fromkeys(["channel_mult_emb", "num_blocks"], (1, 1024)),
-    **dict.fromkeys(["dropout", "label_dropout", "ema_decay", "dsm_share", "one_step_share", "to_data_share"], (0, 1)),
-    **dict.fromkeys(["s_min", "s_max"], (0, 1)),
-    **dict.fromkeys(["dsm_weight", "gamma"], (0, 10**6)),
-    "image_size": (1, 4096),
-    "num_workers": (0, 1024),
-    "label_dim": (0, 2**20),
-    "class_idx": (-1, 2**20),
-    "fid_num": (2, 2**24),
-}
-BETWEEN = {
-    # setting: (low, high), both excluded
-    **dict.fromkeys(["train_eps0", "train_eps1", "eval_eps0", "eval_eps1"], (1e-8, 1)),
-    "lr": (0, 10),
-    "sigma_data": (1e-4, 1e4),
-    "M": (0, 1e6),
-    "rho": (0.1, 100),
-}
+def choices(f):
+    """The values that a setting may have, or None."""
+    given = f.metadata["choices"]
+    return given() if callable(given) else given
+
+
+def choose(name, value, table):
+    """table[value] of the setting `name`, or the value where the table is a list; UserError that lists what there is."""
+    if value not in table:
+        raise UserError(f"--{name} is {value}: it must be one of {', '.join(map(str, table))}")
+    return table[value] if isinstance(table, dict) else value
 
 
 def check(config):
@@ -309,43 +355,43 @@ def check(config):
 
     for section in vars(config).values():
         for f in fields(section):
-            value = getattr(section, f.name)
-            choices = f.metadata["choices"]
-            if choices and value not in choices:
-                fail(f.name, value, f"one of {', '.join(map(str, choices))}")
-            low, high = LIMITS.get(f.name, (None, None))
+            value, low, high = getattr(section, f.name), f.metadata["least"], f.metadata["most"]
+            if f.metadata["choices"]:
+                choose(f.name, value, choices(f))
             if low is not None and not low <= value <= high:
                 fail(f.name, value, f"from {low} to {high}")
-            low, high = BETWEEN.get(f.name, (None, None))
-            if low is not None and not low < value < high:
-                fail(f.name, value, f"between {low} and {high}, both excluded")
-    data, net, train, sampling = config.data, config.network, config.train, config.sampling
-    size, channels, centered = DATA_PRESETS[data.data_name][:3]
+            if f.metadata["between"]:
+                low, high = f.metadata["between"]
+                if not low < value < high:
+                    fail(f.name, value, f"between {low} and {high}, both excluded")
+    data, net, train, distil, sampling = config.data, config.network, config.train, config.distil, config.sampling
+    size, channels = DATA_PRESETS[data.data_name][:2]
     if data.data_name not in ("afhq", "folder") and data.image_size != size:
         fail("image_size", data.image_size, f"{size} for {data.data_name}")
     if data.data_name != "folder" and data.image_channels != channels:
         fail("image_channels", data.image_channels, f"{channels} for {data.data_name}")
     if not net.channel_mult or min(net.channel_mult) < 1 or max(net.channel_mult) > 1024:
         fail("channel_mult", net.channel_mult, "one or more numbers from 1 to 1024")
-    if data.image_size % 2 ** (len(net.channel_mult) - 1):
-        fail(
-            "image_size",
-            data.image_size,
-            f"divisible by {2 ** (len(net.channel_mult) - 1)}, for {len(net.channel_mult)} resolutions",
-        )
+    halvings = len(net.channel_mult) - 1
+    if data.image_size % 2**halvings:
+        fail("image_size", data.image_size, f"divisible by {2**halvings}, for {halvings + 1} resolutions")
+    has = resolutions(data.image_size, net.channel_mult)
+    if not set(net.attn_resolutions) <= set(has):
+        fail("attn_resolutions", net.attn_resolutions, f"some of the network's resolutions, {has}")
     if net.model_channels % 4:
         fail("model_channels", net.model_channels, "a multiple of 4")
     for low, high, where in ((train.train_eps0, train.train_eps1, "train"), (sampling.eval_eps0, sampling.eval_eps1, "eval")):
         if low >= 1 - high:
             fail(f"{where}_eps0", low, f"below 1 - {where}_eps1, which is {1 - high}")
-    if config.distil.one_step_share + config.distil.to_data_share > 1:
-        fail("to_data_share", config.distil.to_data_share, "at most 1 - one_step_share")
-    if config.task.mode == "characteristic" and config.distil.objective == "trajectory" and config.distil.dsm_weight:
-        share, dsm = config.distil.dsm_share, round(config.distil.dsm_share * train.bsz)
-        if dsm == train.bsz or (share and not dsm):
-            fail("dsm_share", share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
-    if config.task.mode == "characteristic" and sampling.sde:
-        fail("sde", True, "left out, since the flow map has no SDE")
+    if distil.one_step_share + distil.to_data_share > 1:
+        fail("to_data_share", distil.to_data_share, "at most 1 - one_step_share")
+    if config.task.mode == "characteristic" and distil.objective == "trajectory" and distil.dsm_weight:
+        dsm = distil.dsm_share * train.bsz  # a round has this many, rounded down or up
+        if dsm and not 1 <= dsm <= train.bsz - 1:
+            fail("dsm_share", distil.dsm_share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
+    for name in ("sde", "churn"):
+        if config.task.mode == "characteristic" and getattr(sampling, name):
+            fail(name, True, "left out, since the flow map has no SDE and no churn")
     if sampling.sde and sampling.churn:
         fail("churn", True, "left out with --sde, which adds noise at every step itself")
     if sampling.s_min > sampling.s_max:
@@ -372,21 +418,36 @@ def _boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
+def _one_of(known):
+    """A reader of names whose spelling does not matter: DDPMpp and DDPM++ are ddpmpp."""
+    return lambda text: next((name for name in known if name == text.lower().replace("+", "p")), text)
+
+
+def _path(ending):
+    def read(text):
+        text = os.path.expanduser(text)
+        return text if text.endswith(ending) or not text or os.path.isdir(text) else text + ending
+
+    return read
+
+
 def _add(parser, f, default):
     options = {"help": f"{f.metadata['help']} (default: {default})".replace("%", "%%"), "default": argparse.SUPPRESS}
     kind = next((k for k in typing.get_args(f.type) if k is not type(None)), f.type)  # `int | None`, tuple[int, ...] -> int
-    if f.metadata["choices"]:
-        options["choices"] = f.metadata["choices"]
-    if kind is bool:
+    known, ending = choices(f), f.metadata["path"]
+    if known:
+        parser.add_argument(f"--{f.name}", type=_one_of(known) if kind is str else kind, choices=known, **options)
+    elif kind is bool:
         parser.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, metavar="True|False", **options)
         parser.add_argument(
             f"--no-{f.name}", dest=f.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     elif typing.get_origin(f.type) is tuple:
         parser.add_argument(f"--{f.name}", nargs="*", type=kind, metavar="N", **options)
+    elif ending is not None:
+        parser.add_argument(f"--{f.name}", type=_path(ending), metavar="PATH", **options)
     else:
-        metavar = None if f.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument(f"--{f.name}", type=kind, metavar=metavar, **options)
+        parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), **options)
 
 
 def parse(own, sections, argv=None, description="", source=None):
@@ -406,7 +467,7 @@ def parse(own, sections, argv=None, description="", source=None):
     for section in [own] + [SECTIONS[name] for name in sections]:
         group = parser.add_argument_group(section.__doc__)
         for f in fields(section):
-            if section is own or f.name not in {mine.name for mine in fields(own)}:
+            if f.metadata["flag"] and (section is own or f.name not in {mine.name for mine in fields(own)}):
                 default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
                 default = {None: "none", "": "none"}.get(default, "by preset" if f.name in by_preset else default)
                 _add(group, f, default if section is own else source or default)

@@ -1,19 +1,33 @@
 """Running on one process or many: under torchrun (NCCL on GPUs, gloo on CPUs), or with plain `python`.
 
-Every function works in both cases; without torchrun there is one rank, number 0.
+Every function works in both cases; without torchrun there is one rank, number 0, and no process group.
 """
 
-import datetime
-import multiprocessing
 import os
 import signal
 import sys
-import time
-import traceback
-from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _leave(number, frame):
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent == Path(__file__).resolve().parent:
+    for _number in SIGNALS:  # a script is starting: its imports take seconds, in which Ctrl-C would be a traceback
+        signal.signal(_number, _leave)
+
+import datetime  # noqa: E402
+import time  # noqa: E402
+import traceback  # noqa: E402
+from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 
 class UserError(Exception):
@@ -24,33 +38,60 @@ class LoneError(UserError):
     """One that this rank met by itself, while the others are at work."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop by a signal, and has kept what it should; the signal is its argument."""
+class Stopped(BaseException):
+    """The run was asked to stop: the signal, and what to say besides.  Like KeyboardInterrupt, no `except Exception` takes it."""
+
+    def __init__(self, number, note=""):
+        super().__init__(number, note)
+        self.number, self.note = number, note
+
+
+# -------------------------------------------------------------------------------------------------- the process group
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+_place = (0, 1)  # rank and number of ranks, from session() on; also after the group is gone
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return _place[0]
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _place[1]
+
+
+def _launched():
+    """Whether torchrun started this process, or another launcher that sets its variables; LoneError if they are half set."""
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if not found:
+        return False
+    here = ", ".join(f"{name}={os.environ[name]}" for name in found)
+    if missing:
+        raise LoneError(f"the environment has {here} but no {', '.join(missing)}: start with torchrun, or unset {found[0]}")
+    with suppress(ValueError):
+        if 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) and int(os.environ["LOCAL_RANK"]) >= 0:
+            return True
+    raise LoneError(f"the environment has {here}, which is no place among ranks: start with torchrun, or unset {found[0]}")
 
 
 @contextmanager
 def session():
     """Join the other ranks, if any; gives the torch.device of this rank."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
+    global _place
+    launched, device = _launched(), torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        if device.index >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine: lower it")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    if launched:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_timeout(), **_meeting_place())
+        _place = (dist.get_rank(), dist.get_world_size())
     yield device
     gather(None)  # leave together: a rank that closes its connections early can bring the others down
-    if dist.is_initialized():  # after an error the others may be gone, and leaving politely could wait for them
+    if launched:  # after an error the others may be gone, and leaving politely could wait for them
         dist.destroy_process_group()
 
 
@@ -69,38 +110,55 @@ def _timeout():
 def _meeting_place():
     """Where ranks find each other, as arguments of init_process_group; by default what torchrun says.
 
-    torchrun 2.11 gives the processes that it restarts the same store of addresses, in which those of the dead ones still are:
-    who reads them before they are replaced connects to nobody.  On one machine the number of restarts tells them apart.  On
-    several it differs, and torchrun has to be told to make a new store each time.
+    Ranks publish their addresses in a store.  When torchrun 2.11 restarts ranks, it gives them the old store, with the
+    addresses of the dead ranks in it.  A rank that reads an old address waits for nobody.  So on one machine each restart
+    gets names of its own in the store, by the number of the restart.  On several machines that number can differ, and the
+    user has to tell torchrun to make a new store.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return {}
     if os.environ["GROUP_WORLD_SIZE"] != "1":
-        if rank() == 0:
+        if os.environ["RANK"] == "0":
             print("warning: for --max-restarts on several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
         return {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_timeout())
     name = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    return {"store": dist.PrefixStore(name, store), "rank": rank(), "world_size": world_size()}
+    return {
+        "store": dist.PrefixStore(name, store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+def torchrun_agent():
+    """A name for torchrun's process on this machine, which lives as long as the job; None without torchrun.
+
+    The name has the job's id, the machine, the process number and when the process began: no other job has it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    agent, begun = os.getppid(), ""
+    with suppress(OSError):  # systems without /proc
+        begun = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # ticks since the machine started
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.uname().nodename} {agent} {begun}"
 
 
-def strongest(votes):
-    """Of SIGNALS, with how many ranks have received each, the first that any has; or None."""
-    return next((number for number, count in zip(SIGNALS, votes) if count), None)
+# ------------------------------------------------------------------------------------------------------------ signals
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGINT are noted instead of ending the process: a step can be finished.
+    """Context in which SIGTERM and SIGINT are noted instead of ending the process, so that work can be brought to an end.
 
-    Ranks tell each other with votes() and strongest(), or with poll(), and leave together.  More signals change nothing, so
-    that Ctrl-C pressed twice costs no checkpoint.
+    Ranks tell each other with check() or poll(), and leave together.  More signals change nothing, so that Ctrl-C pressed
+    twice costs no checkpoint.
     """
 
+    OFTEN = (
+        64  # calls of check() for one message among the ranks, at most; fewer where a call comes less than 64 times a second
+    )
+
     def __init__(self):
-        self.received = None
+        self.received, self.left, self.every, self.since = None, 1, 1, time.monotonic()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
@@ -118,17 +176,36 @@ class StopSignals:
             self.received = number
             if rank() == 0:
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: finishing the step and writing a checkpoint (kill -9 leaves without)\n".encode())
+                os.write(2, f"\n{name}: writing a checkpoint, then leaving (kill -9 leaves without)\n".encode())
 
-    def votes(self):
-        """[0 or 1 for each of SIGNALS]: what this rank has received."""
-        return [float(self.received == number) for number in SIGNALS]
+    def _exchange(self, *numbers):
+        """The signal that any rank has received, SIGTERM first, or None; and the sums of the numbers over the ranks."""
+        mine = [float(self.received == number) for number in SIGNALS]
+        votes = sum_over_ranks(torch.tensor([*mine, *numbers], dtype=torch.float64)).tolist()
+        return next((number for number, count in zip(SIGNALS, votes) if count), None), votes[len(SIGNALS) :]
+
+    def check(self):
+        """The signal that asks the run to stop, or None.  All ranks call this together, as often as they like.
+
+        They exchange one small message about once a second, and at least every 64th call.
+        """
+        if world_size() == 1:
+            return self.received
+        self.left -= 1
+        if self.left:
+            return None
+        now = time.monotonic()
+        number, (seconds,) = self._exchange(now - self.since)
+        a_second = self.every * world_size() / max(seconds, 1e-9)  # so many calls take one
+        self.every = self.left = max(1, min(self.OFTEN, int(a_second)))
+        self.since = now
+        return number
 
     def poll(self, busy=True):
         """Stopped on all ranks if any has received a signal; else whether any is busy.  All ranks call this together."""
-        *votes, busy = sum_over_ranks(torch.tensor([*self.votes(), float(busy)])).tolist()
-        if number := strongest(votes):
-            raise Stopped(number)
+        number, (busy,) = self._exchange(float(busy))
+        if number:
+            raise Stopped(number, "the same command continues")
         return bool(busy)
 
 
@@ -137,19 +214,26 @@ def is_loss_of_a_rank(error):
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
+def _stop(number, frame):
+    raise Stopped(number)
+
+
 def launch(main):
     """Run a script's main() and leave; a UserError becomes one line, from one rank, and exit status 2.
 
-    A signal that asked the run to stop becomes 128 and its number: 143 for SIGTERM, 130 for SIGINT.
+    A signal that asks the script to stop becomes one line too, and 128 and its number: 143 for SIGTERM, 130 for SIGINT.
     """
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     try:
         status = _run(main)
+    except Stopped as stopped:  # while it was leaving already
+        status = 128 + stopped.number
     finally:
         for number in SIGNALS:  # it is leaving, and would do so with a traceback or another status
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of what follows
-        for child in multiprocessing.active_children():  # that read images, which Python would wait for: they ignore signals
-            child.kill()
     if "RANK" in os.environ:
         # Threads of torch that outlive the process group may want the interpreter's lock while it is being torn down, which
         # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.  Nor is the process
@@ -162,24 +246,25 @@ def launch(main):
 
 def _run(main):
     """The exit status of main()."""
+    several = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    speaks = not several or os.environ["RANK"] == "0"
+
+    def say(text):
+        print(text, file=sys.stderr, flush=True)
+
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if rank() == 0 or isinstance(error, LoneError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if speaks or isinstance(error, LoneError):
+            say(f"error: {error}")
         else:
             time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
         return 2
     except Stopped as stopped:
-        if rank() == 0:
-            name = signal.Signals(stopped.args[0]).name
-            print(f"stopped by {name}; the same command continues", file=sys.stderr, flush=True)
-        return 128 + stopped.args[0]
-    except KeyboardInterrupt:
-        if rank() == 0:
-            print("stopped", file=sys.stderr, flush=True)
-        return 130
+        if speaks:
+            say("; ".join(filter(None, [f"stopped by {signal.Signals(stopped.number).name}", stopped.note])))
+        return 128 + stopped.number
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -187,20 +272,35 @@ def _run(main):
         text = str(error).strip().splitlines() or ["out of memory"]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text[0]:
             advice = "lower --bsz (training), --eval_bsz (sampling), --bank_size or the size of the network"
-            print(f"error: out of memory on rank {rank()}: {advice} ({text[0]})", file=sys.stderr, flush=True)
+            say(f"error: out of memory on rank {rank()}: {advice} ({text[0]})")
             return 2
-        if "RANK" not in os.environ:
+        if not several:
             raise
         if is_loss_of_a_rank(error):
-            print(
-                f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text[0]})",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text[0]})")
         else:
             traceback.print_exc()
         return 1
     return 0
+
+
+# -------------------------------------------------------------------------------------------------------- collectives
+
+
+def parallel(model, static=False):
+    """The model to train: itself, or with ranks in a DistributedDataParallel, which averages gradients over them.
+
+    `static` promises one forward and one backward pass a step, the same each time, and no other use of the graph.
+    """
+    if not dist.is_initialized():
+        return model
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": static}
+    return torch.nn.parallel.DistributedDataParallel(model, **options)
+
+
+def accumulating(model):
+    """Context in which backward() of a parallel() model leaves gradients to a later one to average."""
+    return model.no_sync() if dist.is_initialized() else nullcontext()
 
 
 def gather(value):
@@ -216,17 +316,17 @@ def gather_rows(mine, n):
     """(n, d) float32 on rank 0, None on the others; rank r gives `mine`, the rows r, r + world_size, ...  All on the CPU."""
     if world_size() == 1:
         return mine
-    device, rows = "cuda" if dist.get_backend() == "nccl" else "cpu", None
+    rows = None
     if rank() == 0:
         rows = torch.empty(n, mine.shape[1])
         rows[:: world_size()] = mine
     for r in range(1, min(world_size(), n)):  # one after the other: rank 0 holds the whole and one part
         if rank() == r:
-            dist.send(mine.to(device), 0)
+            dist.send(mine, 0)
         elif rank() == 0:
-            part = torch.empty(len(range(r, n, world_size())), mine.shape[1], device=device)
+            part = torch.empty(len(range(r, n, world_size())), mine.shape[1])
             dist.recv(part, r)
-            rows[r :: world_size()] = part.cpu()
+            rows[r :: world_size()] = part
     return rows
 
 
@@ -249,20 +349,9 @@ def on_first_rank(function):
 
 
 def sum_over_ranks(tensor):
-    """Elementwise sum of the ranks' tensors, on the tensor's device."""
+    """Elementwise sum of the ranks' tensors."""
     if not dist.is_initialized():
         return tensor
-    total = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    total = tensor.clone()
     dist.all_reduce(total)
-    return total.to(tensor.device)
-
-
-def average_gradients(parameters, votes):
-    """Replace each gradient by its mean over the ranks; returns the sum over the ranks of `votes`, (n,).  In one message."""
-    if world_size() == 1:
-        return votes
-    grads = [p.grad for p in parameters]
-    flat = sum_over_ranks(torch.cat([votes.to(grads[0].dtype), *(g.flatten() for g in grads)]))
-    votes, flat = flat[: len(votes)], flat[len(votes) :] / world_size()
-    torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
-    return votes
+    return total

@@ -7,45 +7,52 @@ An image depends on its seed alone, not on the number of ranks or the batch size
 images were made.  The same command again makes those that are missing.
 """
 
+import dist_util
+from dist_util import UserError
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import defaults
-import dist_util
+import generator
 import misc
 from defaults import setting
-from dist_util import UserError
 
 
 @dataclass(frozen=True)
 class Run:
     """files and seeds"""
 
-    checkpoint: str | None = setting(None, "checkpoint to sample from")
-    workdir: str | None = setting(None, "folder for the images")
+    checkpoint: str | None = setting(None, "checkpoint to sample from", path="")
+    workdir: str | None = setting(None, "folder for the images", path="")
     start_seed: int = setting(0, "first seed")
     end_seed: int = setting(49999, "last seed, included")
 
 
 def prepare(workdir, trained, run):
-    """Make the folder and write eval.json; UserError if there is anything in it but images made in the same way."""
+    """Make the folder and write eval.json; UserError if there is anything in it but images made in the same way.
+
+    More seeds may be asked for than before, and another --eval_bsz, which changes no image but for rounding.
+    """
     misc.check_folder(workdir, "workdir")
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
     if workdir.exists():
         misc.remove_leftovers(workdir)
-    if path.exists():
+    if any(workdir.glob("*.png")) and path.exists():
         try:
             found = json.loads(path.read_text())
             different = ["checkpoint"] if found["sha256"] != record["sha256"] else []
-            different += [key for key in ("start_seed", "end_seed") if found[key] != record[key]]
+            different += ["start_seed"] if found["start_seed"] != record["start_seed"] else []
+            different += ["end_seed, which was larger,"] if found["end_seed"] > record["end_seed"] else []
             for section, settings in record["config"].items():
-                different += [key for key in settings if found["config"][section][key] != settings[key]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                theirs = found["config"][section]
+                different += [key for key in settings if key != "eval_bsz" and theirs.get(key, settings[key]) != settings[key]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
         if different:
             raise UserError(f"--workdir {workdir} holds images made with other {', '.join(different)}: choose another folder")
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(other != path for other in workdir.iterdir()):
         raise UserError(f"--workdir {workdir} is not empty: choose another folder, so that sets of images do not mix")
     misc.write_json(path, record)
 
@@ -81,9 +88,9 @@ def lacking(workdir, batches):
 def main():
     run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__, source="the checkpoint's")
     defaults.required(run, "checkpoint", "workdir")
-    misc.check_seeds(run.start_seed, run.end_seed)
+    generator.check_seeds(run.start_seed, run.end_seed)
     with dist_util.session() as device:
-        trained = dist_util.agree(lambda: misc.load_model(run.checkpoint, flags, device))
+        trained = dist_util.agree(lambda: generator.load_model(run.checkpoint, flags, device))
         workdir = Path(run.workdir)
         dist_util.on_first_rank(lambda: prepare(workdir, trained, run))
         batches = all_batches(range(run.start_seed, run.end_seed + 1), trained.config.sampling.eval_bsz)
@@ -92,7 +99,7 @@ def main():
         mine = [seed for number in mine for seed in batches[number]]  # which generate() cuts again: all but the last are full
 
         def write():
-            for batch, images in misc.generate(trained, mine):
+            for batch, images in generator.generate(trained, mine):
                 for seed, image in zip(batch, images):
                     if not misc.is_whole_png(image_path(workdir, seed)):
                         misc.write_png(image_path(workdir, seed), image)

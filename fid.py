@@ -10,40 +10,64 @@ Features are raw pixels for grey images, which makes a "pixel FID", and those of
 --features chooses otherwise.  Neither compares with the other, nor pixels across image sizes.
 """
 
+import dist_util
+from dist_util import UserError
+
 import csv
+import json
 import math
+import random
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
+import scipy.linalg
 import torch
 
+import dataset
 import defaults
-import dist_util
+import generator
 import misc
 from defaults import setting
-from dist_util import UserError
 
 METRICS = ("fid", "kid", "pr")
 
 
 @dataclass(frozen=True)
-class Run:
+class InceptionFile:
+    """weights of the Inception network"""
+
+    inception_weights: str | None = setting(
+        None,
+        f"file of the InceptionV3's weights, where its features are needed; weights/{misc.WEIGHTS['inception_weights'][0]} if "
+        "left out",
+        path="",
+    )
+    download: bool = setting(False, "fetch weights where they are published, if their files are missing")
+
+
+@dataclass(frozen=True)
+class Run(InceptionFile):
     """scoring"""
 
     mode: str = setting(
         "fid", "ref: statistics of --data_name; gen: of images; fid: scores of images against --ref_path", ("ref", "gen", "fid")
     )
-    dest: str | None = setting(None, "npz file for the statistics (ref, gen)")
+    dest: str | None = setting(None, "npz file for the statistics (ref, gen)", path=".npz")
     img_folder: str | None = setting(
-        None, "images (gen, fid): a folder or zip, flat or in class folders, or an npz with uint8 `arr_0` (N, H, W, C)"
+        None,
+        "images (gen, fid): a folder or zip, flat or in class folders, or an npz with uint8 `arr_0` (N, H, W, C)",
+        path="",
     )
     checkpoint: str | None = setting(
-        None, "instead of --img_folder, the model to draw images from: those that eval.py writes with the same flags"
+        None,
+        "instead of --img_folder, the model to draw images from: those that eval.py writes with the same flags",
+        path="",
     )
     start_seed: int = setting(0, "with --checkpoint: first seed")
     end_seed: int = setting(49999, "with --checkpoint: last seed, included")
-    stat_path: str | None = setting(None, "instead of --img_folder, the npz file that --mode gen made of them (fid)")
-    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid)")
+    stat_path: str | None = setting(None, "instead of --img_folder, the npz file that --mode gen made of them (fid)", path="")
+    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid)", path="")
     features: str = setting(
         "auto",
         "pixels in [0, 1], or 2,048 of FID's InceptionV3; auto: those of --ref_path, else pixels for grey and inception "
@@ -60,11 +84,298 @@ class Run:
     )
     seed: int = setting(0, "of the subset")
     force: bool = setting(False, "compare statistics that say they were made differently")
-    csv: str | None = setting(None, "file to append the scores and how the images were made to, as a row (fid)")
-    inception_weights: str | None = setting(
-        None, f"file of the InceptionV3's weights; weights/{misc.WEIGHTS['inception_weights'][0]} if left out"
-    )
-    download: bool = setting(False, "fetch the weights where they are published, if their file is missing")
+    csv: str | None = setting(None, "file to append the scores and how the images were made to, as a row (fid)", path="")
+
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------------ features
+# A feature extractor maps uint8 images (B, C, H, W) to features (B, d).  `unit` is what the features are to be divided by;
+# `metadata` is what two statistics must have in common to be compared.
+
+
+class Pixels:
+    """Raw pixels in [0, 1].  As uint8, with unit 255, so that their sums are exact."""
+
+    unit = 255
+    metadata = {"features": "pixels", "preprocessing": "uint8/255", "precision": "exact sums of integers"}
+
+    def __init__(self, device):
+        self.device = device
+
+    def dimension(self, shape):
+        return math.prod(shape)
+
+    def __call__(self, images):
+        return images.to(self.device).flatten(1)
+
+
+class Inception:
+    """The 2,048 features of FID's InceptionV3, with the weights of a file; UserError if it holds others."""
+
+    unit = 1
+
+    def __init__(self, device, path, digest):
+        import inception  # which imports torchvision: slow, and pixels do without
+
+        try:
+            net = inception.Inception(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # whatever the unpickler meets in a damaged or hostile file; other tensors
+            why = f": {error}" if isinstance(error, ValueError) else ""
+            raise UserError(f"{path} does not hold the weights of FID's InceptionV3{why}") from error
+        self.network, self.device = net.to(device), device
+        self.metadata = {
+            "features": "inception",
+            "weights": digest,
+            "preprocessing": inception.PREPROCESSING,
+            "precision": "float32 features, float64 sums",
+        }
+
+    def dimension(self, shape):
+        return 2048
+
+    def __call__(self, images):
+        parts = images.split(256 if self.device.type == "cuda" else 32)  # the activations of 32 images take 0.3 GB
+        return torch.cat([self.network(part.to(self.device)) for part in parts])
+
+
+def load_features(name, device=CPU, weights=None, download=False):
+    """The feature extractor `name`, "pixels" or "inception"; every rank calls this together."""
+    if defaults.choose("features", name, ("pixels", "inception")) == "pixels":
+        return Pixels(device)
+    path, digest = misc.weights_file("inception_weights", weights, download)
+    extract = dist_util.agree(lambda: Inception(device, path, digest))
+    published = misc.published_hash("inception_weights")
+    if not digest.startswith(published):
+        misc.log(
+            f"warning: {path} is not the published file (SHA-256 {published}...): its scores compare with none but its own"
+        )
+    return extract
+
+
+def choose_features(asked, channels, reference=None):
+    """What `--features auto` stands for: the reference's features, or pixels for grey images and inception for colour.
+
+    UserError if the reference has others than those asked for.
+    """
+    if reference is None:
+        return asked if asked != "auto" else "pixels" if channels == 1 else "inception"
+    theirs = reference.metadata.get("features") or ("inception" if len(reference.mu) == 2048 else "pixels")
+    if asked not in ("auto", theirs):
+        raise UserError(f"--features is {asked}, but the reference holds {theirs}: leave it out, or make the reference again")
+    return theirs
+
+
+def metadata_of(extract, shape, n):
+    """What statistics of n images (C, H, W) say about themselves."""
+    return {"n": n, "image": list(shape), **extract.metadata}
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+@dataclass
+class Statistics:
+    """Mean and covariance of the features of a set of images, and how they came to be."""
+
+    mu: np.ndarray  # (d,) float64
+    sigma: np.ndarray  # (d, d) float64, that of numpy.cov, over n - 1
+    metadata: dict  # n, image, features, ...; empty for files of other tools
+    features: torch.Tensor | None = None  # (n, d) float32, for KID, precision and recall; on rank 0 alone
+
+
+BATCH = 256  # images at a time; 256 * 255^2 < 2^24, so that float32 adds up as many products of bytes without rounding
+
+
+def subset(total, count, seed):
+    """`count` of the indices 0 ... total - 1, in order, drawn from the seed alone; UserError if there are too few."""
+    if count is None or count == total:
+        return range(total)
+    if count > total:
+        raise UserError(f"--num is {count}, but there are only {total} images")
+    return sorted(random.Random(misc.derive_seed(seed, "subset", total)).sample(range(total), count))
+
+
+def read(source, indices, num_workers=0):
+    """Yield the uint8 images (B, C, H, W), B up to BATCH, of a data set or of Generated images, with a progress bar."""
+    if isinstance(source, generator.Generated):
+        rest = torch.empty(0, *source.shape, dtype=torch.uint8)
+        whole = isinstance(indices, range)  # then seeds are not written out: there may be many
+        seeds = source.seeds[indices.start : indices.stop : indices.step] if whole else [source.seeds[i] for i in indices]
+        for _, images in generator.generate(source.trained, seeds, poll=source.poll):
+            *full, rest = torch.cat([rest, images]).split(BATCH)
+            yield from full
+        if len(rest):
+            yield rest
+        while source.poll and source.poll(busy=False):  # until the ranks with more batches have theirs
+            pass
+        return
+    chunks = (indices[i : i + BATCH] for i in range(0, len(indices), BATCH))
+    with misc.progress(len(indices), "statistics") as bar:
+        for images, _ in dataset.read_ahead(source, chunks, num_workers):
+            yield images
+            bar.update(len(images))
+
+
+def measure(source, extract, made=None, count=None, seed=0, keep=False, num_workers=0):
+    """Statistics of the features of a data set, of Generated images or of a uint8 tensor (N, C, H, W); or of a seeded subset.
+
+    Each rank takes every world_size-th image, and every image counts once.  Pixels are added up exactly, as integers (for
+    fewer than 10^11 images), so that their statistics do not depend on the ranks; other features in float64.  With `keep`,
+    the features themselves are gathered on rank 0.  `made` is added to the metadata.
+    UserError for fewer than two images, for more than 20,000 features, and for images that cannot be read.
+    """
+    source = dataset.MemoryImages(source) if isinstance(source, torch.Tensor) else source
+    indices = subset(len(source), count, seed)
+    n, world = len(indices), dist_util.world_size()
+    if n < 2:
+        raise UserError(f"{n} image{'s' * (n != 1)}: a covariance needs two or more")
+
+    def add_up():
+        dimension = extract.dimension(source.shape)
+        if dimension > 20000:  # the matrix alone would take 3 GB
+            size = "x".join(map(str, (*source.shape[1:], source.shape[0])))
+            raise UserError(
+                f"images of {size} have {dimension} pixels: too many for their covariance; use --features inception"
+            )
+        total = torch.zeros(dimension, dtype=torch.float64, device=extract.device)
+        outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=extract.device)
+        mine = indices[dist_util.rank() :: world]
+        kept, done = torch.empty(len(mine) if keep else 0, dimension), 0
+        for images in read(source, mine, num_workers):
+            features = extract(images)
+            if keep:
+                kept[done : done + len(images)] = features.float() / extract.unit
+                done += len(images)
+            rows = features.float() if features.dtype == torch.uint8 else features.double()
+            total += rows.sum(0)
+            outer += rows.T @ rows
+        return total, outer, kept
+
+    total, outer, kept = dist_util.agree(add_up)
+    total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
+    # In place, since the matrix may be large.  For pixels the numerator is exact while its integers stay below 2^53, which is
+    # up to 370,000 images; beyond, it is as good as float64 gets.
+    sigma = outer.mul_(n).addr_(total, total, alpha=-1).div_(n * (n - 1) * extract.unit**2)
+    features = dist_util.gather_rows(kept, n) if keep else None
+    record = {**metadata_of(extract, source.shape, n), **(made or {})}
+    if n != len(source):
+        record["subset"] = {"of": len(source), "seed": seed}
+    return Statistics((total / (n * extract.unit)).numpy(), sigma.numpy(), record, features)
+
+
+def write_statistics(dest, statistics):
+    """npz with float64 `mu` and `sigma`, as pytorch-fid and EDM write them; `metadata` (JSON), and `features` if kept."""
+    arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "metadata": json.dumps(statistics.metadata)}
+    if statistics.features is not None:
+        arrays["features"] = statistics.features.numpy()
+    misc.remove_leftovers(Path(dest).parent, Path(dest).name)
+    with misc.atomic(dest) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_statistics(path, features=False):
+    """Statistics of a file, ours or of other tools; with `features`, UserError if it holds none."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: fid.py --mode gen --img_folder {path} --dest x.npz makes statistics of images")
+    held = ""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if isinstance(archive, np.ndarray):
+                held = f": it holds one array {archive.shape}"
+            dataset.refuse_bombs(archive.zip)
+            held = f": it holds {', '.join(archive.files[:5])}"
+            mu, sigma = archive["mu"], archive["sigma"]
+            if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+                raise ValueError("not real numbers")
+            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+            metadata = json.loads(str(archive["metadata"])) if "metadata" in archive else {}
+            kept = None
+            if features and "features" in archive:
+                kept = torch.from_numpy(archive["features"].astype(np.float32, copy=False))
+            kinds = {"n": int, "image": list, "subset": dict, "made_by": dict}
+            if not all(isinstance(metadata.get(name, kind()), kind) for name, kind in kinds.items()):
+                raise ValueError("metadata of another kind")
+            dataset.check_record(metadata.get("made_by", {}))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}: make it with fid.py --mode ref or --mode gen") from error
+    except Exception as error:  # damaged zip, pickled arrays, missing names, not numbers
+        reason = f"{path} is not a statistics file with `mu` and `sigma`, or it is damaged"
+        raise UserError(f"{reason}{held}; fid.py --mode ref or --mode gen makes one") from error
+    found = Statistics(mu, sigma, metadata, kept)
+    check_statistics(found, path)
+    if features and kept is None:
+        raise UserError(f"{path} holds no features, which kid and pr need: make it again with --metrics fid,kid,pr")
+    return found
+
+
+def check_statistics(found, path):
+    """UserError unless statistics are finite, sigma is a covariance, and features, if any, go with them."""
+    mu, sigma = found.mu, found.sigma
+    matching = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
+    if not (matching and np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
+        raise UserError(f"{path} does not hold a covariance: sigma is not symmetric")
+    try:  # eigenvalues below zero by more than rounding, of sums in float32 too, make this fail
+        shifted = sigma.copy()
+        shifted.flat[:: len(mu) + 1] += 1e-4 * sigma.diagonal().max() + np.finfo(np.float64).tiny
+        scipy.linalg.cholesky(shifted, overwrite_a=True)
+    except np.linalg.LinAlgError as error:
+        raise UserError(f"{path} does not hold a covariance: sigma has negative eigenvalues") from error
+    kept = found.features
+    if kept is not None and (kept.ndim != 2 or kept.shape[1] != len(mu) or not kept.isfinite().all()):
+        raise UserError(f"{path} does not hold finite features (n, {len(mu)}): {tuple(kept.shape)}")
+
+
+def check_comparable(reference, dimension, metadata, force=False):
+    """UserError unless images with so many features, and this metadata, are of the reference's feature space.
+
+    With `force` only the number of features must agree.  Warns of statistics that say nothing about themselves, and of few
+    images.
+    """
+    theirs = reference.metadata
+    for name, one in (("reference", theirs), ("images", metadata)):
+        if not one:
+            misc.log(f"warning: the statistics of the {name} do not say how they were made: nothing but their size is checked")
+        if one.get("features") == "inception" and one.get("n", 2048) < 2048:
+            misc.log(f"warning: {one['n']} images ({name}) for 2,048 features: the score is large for that alone")
+    names = [k for k in ("features", "weights", "image", "preprocessing", "precision") if k in theirs and k in metadata]
+    text = "; ".join(f"{k} {theirs[k]} and {metadata[k]}" for k in names if theirs[k] != metadata[k])
+    if dimension != len(reference.mu):
+        text = f" ({text})" if text else ": they are of different sizes or feature spaces"
+        raise UserError(f"the reference has {len(reference.mu)} features and the images {dimension}{text}")
+    if text and not force:
+        raise UserError(f"the reference and the images do not compare: {text} (--force compares them all the same)")
+    if text:
+        misc.log(f"warning: comparing what differs: {text}")
+
+
+def frechet_distance(a, b):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Statistics: the squared 2-Wasserstein distance of
+    Gaussians (FID, arXiv 1706.08500, eq. 6).
+
+    The trace of the root is the sum of the roots of the eigenvalues of sigma2 sigma1, which are those of the symmetric
+    A^T sigma2 A where sigma1 = A A^T, so real: by Cholesky where sigma1 is definite, else by its eigenvectors, where
+    eigenvalues within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
+    """
+    tiny = 16 * np.finfo(np.float64).eps
+
+    def roots(values, scale):
+        return np.sqrt(np.where(values > tiny * scale, values, 0))
+
+    try:
+        pivots = scipy.linalg.cholesky(a.sigma).diagonal()
+        definite = pivots.min() ** 2 > len(pivots) * tiny * pivots.max() ** 2
+    except np.linalg.LinAlgError:
+        definite = False
+    if definite:
+        root = np.sqrt(np.maximum(scipy.linalg.eigh(b.sigma, a.sigma, type=2, driver="gv", eigvals_only=True), 0)).sum()
+    else:
+        values, vectors = scipy.linalg.eigh(a.sigma, driver="evd")
+        half = vectors * roots(values, values[-1])
+        root = roots(scipy.linalg.eigvalsh(half.T @ b.sigma @ half), values[-1] * np.linalg.norm(b.sigma)).sum()
+    return max(float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -149,7 +460,7 @@ def score(reference, images, metrics, device):
         real, fake = reference.features.to(device), images.features.to(device)
     for metric in metrics:
         if metric == "fid":
-            values["fid"] = misc.frechet_distance(reference, images)
+            values["fid"] = frechet_distance(reference, images)
         elif metric == "kid":
             values["kid"], values["kid_stderr"] = kid(real, fake)
         else:
@@ -179,7 +490,7 @@ def read_table(path):
         raise UserError(f"cannot read --csv {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from error
     if text and text.splitlines()[0] != ",".join(COLUMNS):
         raise UserError(f"--csv {path} has other columns than these rows: name another file")
-    return text
+    return text if text.endswith("\n") or not text else text + "\n"
 
 
 def append_row(path, values, metadata, ref_path, forced):
@@ -205,7 +516,7 @@ def append_row(path, values, metadata, ref_path, forced):
         "sha256": made_by.get("sha256"), "ref_path": ref_path, "reference": misc.file_hash(ref_path),
     }  # fmt: skip
     old = read_table(path)
-    with misc.atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with misc.atomic(path) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
         file.write(old)
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not old:
@@ -220,30 +531,33 @@ def open_source(run, flags, device):
     """(set of images, what the statistics record of its making) of the data set, --img_folder or --checkpoint."""
     if run.mode == "ref":
         data = defaults.resolve(flags).data
-        source = misc.load_data(data)
+        source = dataset.load(data)
         made = {"source": data.data_name}
-        if isinstance(source, misc.ImageFiles):
-            made["source"] = f"{source.path}, central squares resized to {data.image_size} (Lanczos)"
+        if isinstance(source, dataset.ImageFiles):
+            made["source"] = f"{source.path}, upright central squares resized to {data.image_size} (Lanczos)"
         return source, made
     if run.img_folder:
-        return misc.open_images(run.img_folder)
-    trained = misc.load_model(run.checkpoint, flags, device)
+        return dataset.open_images(run.img_folder)
+    trained = generator.load_model(run.checkpoint, flags, device)
     seeds = range(run.start_seed, run.end_seed + 1)
-    return misc.Generated(trained, seeds), {"source": str(run.checkpoint), "made_by": trained.record(seeds)}
+    return generator.Generated(trained, seeds), {"source": str(run.checkpoint), "made_by": trained.record(seeds)}
 
 
 def make_statistics(run, flags, metrics, device, reference=None):
     """Statistics of the images that the flags name; every rank measures its share."""
     source, made = dist_util.agree(lambda: open_source(run, flags, device))
     shape = dist_util.agree(lambda: source.shape)
-    features = misc.choose_features(run.features, shape[0], reference)
-    extract = misc.load_features(features, device, run.inception_weights, run.download)
+    if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder:
+        source = dataset.Grey(source)  # many tools write grey images as RGB
+        shape = source.shape
+    features = choose_features(run.features, shape[0], reference)
+    extract = load_features(features, device, run.inception_weights, run.download)
     if reference is not None:  # before the work, not after it
         n = run.num or len(source)
-        misc.check_comparable(reference, extract.dimension(shape), misc.metadata_of(extract, shape, n), run.force)
+        check_comparable(reference, extract.dimension(shape), metadata_of(extract, shape, n), run.force)
     workers = defaults.resolve({k: flags[k] for k in ("data_name", "num_workers") if k in flags}).data.num_workers
     keep = bool({"kid", "pr"} & set(metrics))
-    return misc.measure(source, extract, made, run.num, run.seed, keep, workers)
+    return measure(source, extract, made, run.num, run.seed, keep, workers)
 
 
 def check(run, flags):
@@ -272,7 +586,7 @@ def check(run, flags):
         if given and run.mode != "ref":
             raise UserError(f"--{given[0]} is for --mode ref: images are scored as they are; leave it out")
     else:
-        misc.check_seeds(run.start_seed, run.end_seed)
+        generator.check_seeds(run.start_seed, run.end_seed)
     if run.stat_path and (run.num is not None or run.features != "auto"):
         raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
     if run.num is not None and run.num < 2:
@@ -290,7 +604,7 @@ def main():
     needs_features = bool({"kid", "pr"} & set(metrics))
 
     def read(path):  # features stay on the first rank, which computes the scores
-        return dist_util.agree(lambda: misc.read_statistics(path, needs_features and dist_util.rank() == 0))
+        return dist_util.agree(lambda: read_statistics(path, needs_features and dist_util.rank() == 0))
 
     def report(reference, images):
         values = score(reference, images, metrics, device)
@@ -309,12 +623,12 @@ def main():
             reference = read(run.ref_path)
             if run.stat_path:
                 images = read(run.stat_path)
-                misc.check_comparable(reference, len(images.mu), images.metadata, run.force)
+                check_comparable(reference, len(images.mu), images.metadata, run.force)
             else:
                 images = make_statistics(run, flags, metrics, device, reference)
         else:
             statistics = make_statistics(run, flags, metrics, device)
-            dist_util.on_first_rank(lambda: misc.write_statistics(run.dest, statistics))
+            dist_util.on_first_rank(lambda: write_statistics(run.dest, statistics))
     if dist_util.rank() == 0:  # alone: precision of large sets can take longer than ranks wait for each other
         if run.mode == "fid":
             report(reference, images)

@@ -219,12 +219,20 @@ class UNet(nn.Module):
         return list(self.dec.values())[-1].weight
 
     def forward(self, x, noise, noise_s=None, label=None):
-        """(B, C, H, W) images, (B,) times in network units, one-hot (B, label_dim) labels -> (B, C, H, W)."""
+        """(B, C, H, W) images, (B,) times in network units, labels -> (B, C, H, W).
+
+        Labels are class numbers (B,) or one-hot (B, label_dim); ValueError where a network with classes gets none.
+        """
         class_emb = 0.0  # joins the embedding of each time
         if self.map_label is not None:
+            classes = self.map_label.in_features
+            if label is None:
+                raise ValueError(f"this network has {classes} classes: give it `label`, numbers (B,) or one-hot (B, {classes})")
+            if label.ndim == 1 and not label.is_floating_point():
+                label = F.one_hot(label.long(), classes)
             if self.training and self.label_dropout:
                 label = label * (torch.rand(len(label), 1, device=label.device) >= self.label_dropout)
-            class_emb = self.map_label(label.to(x.dtype) * math.sqrt(self.map_label.in_features))
+            class_emb = self.map_label(label.to(x.dtype) * math.sqrt(classes))
         emb = self.map_noise(noise).to(x.dtype) + class_emb
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
         emb_s = None
@@ -262,7 +270,7 @@ class Denoiser(nn.Module):
         self.net, self.sigma_data, self.M = net, sigma_data, M
 
     def forward(self, x, t, s=None, label=None):
-        """x (B, C, H, W), t and s (B,) in [0, 1], label one-hot (B, label_dim) -> (B, C, H, W)."""
+        """x (B, C, H, W), t and s (B,) in [0, 1], label numbers (B,) or one-hot (B, label_dim) -> (B, C, H, W)."""
         c_in, c_skip, c_out = (sde.like(c, x) for c in sde.preconditioning(t, self.sigma_data))
         times = [self.M * t] if s is None else [self.M * t, self.M * s]
         return c_skip * x + c_out * self.net(c_in * x, *times, label=label)

@@ -136,19 +136,24 @@ def deis_step(denoise, x, t, s):
 
 
 def heun_step(denoise, x, t, s):
-    """Order 2 on the velocity.  Two calls, or one where s = 0: the corrector is singular there, so the step is deis_step."""
+    """Order 2: Heun's on the velocity where beta_t^2 <= 4 beta_s^2, else deis_step.  Two calls, or one.
+
+    The corrector divides by beta_s^2.  An error e of the denoiser at t moves the predicted state, and comes back as about
+    e (beta_t^2 / beta_s^2) / 2: speckles, where s is near data.  So the corrector is used up to a ratio of 4, which finer
+    grids keep at nearly all steps.
+    """
     d = denoise(x, t)
-    to_data = (s == 0).expand(t.shape)
-    if to_data.all():
-        return transport(x, d, t, s)
-    v = velocity(x, d, t)
+    to_s = transport(x, d, t, s)
+    corrects = (t * (2 - t) <= 4 * s * (2 - s)).expand(t.shape) & (s > 0)
+    if not corrects.any():
+        return to_s
+    v, safe = velocity(x, d, t), torch.where(corrects, s, torch.ones_like(t))
     end = x + like(s - t, x) * v
-    safe = torch.where(to_data, torch.ones_like(t), s)
-    corrected = x + like(s - t, x) * (v + velocity(end, denoise(end, s), safe)) / 2
-    return torch.where(to_data.reshape(-1, *[1] * (x.ndim - 1)), transport(x, d, t, s), corrected)
+    corrected = x + like(s - t, x) * (v + velocity(end, denoise(end, safe), safe)) / 2
+    return torch.where(corrects.reshape(-1, *[1] * (x.ndim - 1)), corrected, to_s)
 
 
-SOLVERS = {"euler": euler_step, "heun": heun_step, "deis": deis_step}
+SOLVERS = {"euler": euler_step, "heun": heun_step, "deis": deis_step}  # all that a new solver needs is a line here
 
 
 def ancestral_step(denoise, noise, x, t, s):
@@ -251,10 +256,10 @@ def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_d
     return distances, denoising_loss(d_0, x0, t, sigma)
 
 
-def semigroup_losses(denoise, ema, teacher_step, x0, z, i, j, k, ts, z_dsm, t, sigma, distance):
+def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, sigma, distance):
     """Consistency of the flow map along the teacher's ODE (as in CTM, arXiv 2310.02279), and the stage-1 loss.
 
-    With t = ts[i] > u = ts[j] >= s = ts[k] and x_u found from x_t by j - i teacher steps, compares at time 0
+    With t = ts[i] > u = ts[i + n] >= s = ts[k] and x_u found from x_t by n teacher steps, compares at time 0
 
         G_ema(G(x_t, t, s), s, 0)    with    G_ema(stopgrad G(x_u, u, s), s, 0).
 
@@ -262,7 +267,7 @@ def semigroup_losses(denoise, ema, teacher_step, x0, z, i, j, k, ts, z_dsm, t, s
 
     denoise, ema   D(x, t, s) of the student and of its moving average (which must not require gradients)
     teacher_step   step(x, t, s)
-    i, j, k        (B,) indices into the grid ts (K + 1,); j - i is the same for all images
+    i, n, k        (B,) indices i and k into the grid ts (K + 1,), and the number n of teacher steps, for all images the same
     x0, z          (B, ...) images and noise at time ts[i]; z_dsm, t: noise and times of the stage-1 loss on the same images
     Returns the distances and the stage-1 losses, (B,) each.
     """
@@ -274,15 +279,18 @@ def semigroup_losses(denoise, ema, teacher_step, x0, z, i, j, k, ts, z_dsm, t, s
 
     with torch.no_grad():
         x_u = x_t
-        for n in range(int(j[0] - i[0])):
-            x_u = teacher_step(x_u, ts[i + n], ts[i + n + 1])
-        target = to_data(transport(x_u, denoise(x_u, ts[j], s), ts[j], s))
+        for done in range(n):
+            x_u = teacher_step(x_u, ts[i + done], ts[i + done + 1])
+        target = to_data(transport(x_u, denoise(x_u, ts[i + n], s), ts[i + n], s))
     d, d_dsm = denoise(torch.cat([x_t, x_dsm]), torch.cat([ts[i], t]), torch.cat([s, t])).chunk(2)
     estimate = to_data(transport(x_t, d, ts[i], s))
     return distance(estimate, target), denoising_loss(d_dsm, x0, t, sigma)
 
 
-def adaptive_weight(loss, other, weight):
-    """Ratio of the gradient norms of two scalar losses at a layer's `weight`, at most 1e4: other times it pulls as hard."""
-    norm, norm_other = (torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (loss, other))
-    return (norm / norm_other.clamp(min=1e-12)).clamp(max=1e4)
+def adaptive_weight(gradient, other):
+    """How much stronger one gradient is than another, |gradient| / |other|, but at most 1e4.
+
+    A loss whose gradient is `other`, times this weight, pulls as hard as the loss whose gradient is `gradient`.  Both are
+    gradients at one layer, of the losses of the same step.
+    """
+    return (gradient.norm() / other.norm().clamp(min=1e-12)).clamp(max=1e4)

@@ -4,24 +4,29 @@ python teaser.py --mode characteristic --checkpoint CKPT --num_steps 1
 python teaser.py --mode denoiser --checkpoint CKPT --num_steps 20 --trajectory
 """
 
+import dist_util
+from dist_util import UserError
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import dataset
 import defaults
-import dist_util
+import generator
 import misc
 from defaults import setting
-from dist_util import UserError
 
 
 @dataclass(frozen=True)
 class Run:
     """picture"""
 
-    checkpoint: str | None = setting(None, "checkpoint to sample from")
-    dest: str | None = setting(None, "PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out")
+    checkpoint: str | None = setting(None, "checkpoint to sample from", path="")
+    dest: str | None = setting(
+        None, "PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out", path=".png"
+    )
     start_seed: int = setting(0, "first seed; the next ones follow")
     nsampling: int = setting(64, "images in the grid; with --trajectory, rows")
     columns: int = setting(0, "images in a row of the grid; 0 for a square")
@@ -36,21 +41,19 @@ def main():
     if not 0 <= run.columns <= 2**16:
         raise UserError(f"--columns is {run.columns}: it must be from 0, for a square, to {2**16}")
     seeds = range(run.start_seed, run.start_seed + run.nsampling)
-    misc.check_seeds(seeds[0], seeds[-1])
+    generator.check_seeds(seeds[0], seeds[-1])
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
             raise UserError("teaser.py draws one picture: run it with python, not with torchrun")
-        trained = misc.load_model(run.checkpoint, flags, device)
+        trained = generator.load_model(run.checkpoint, flags, device)
         dest = Path(run.dest or Path(run.checkpoint).parent / f"teaser-{trained.config.task.mode}.png")
-        centered = trained.config.data.centered
         if run.trajectory:
-            states = [misc.to_uint8(x, centered) for x in misc.solve(trained, seeds)]
+            states = [dataset.to_uint8(x, trained.config.data.centered) for x in generator.solve(trained, seeds)]
             shown = torch.linspace(0, len(states) - 1, min(len(states), 11)).round().long().tolist()
             images = torch.stack([states[i] for i in shown], dim=1).flatten(0, 1)  # rows: seeds, columns: times
             misc.write_grid(dest, images, columns=len(shown))
         else:
-            images = torch.cat([images for _, images in misc.generate(trained, seeds)])
-            misc.write_grid(dest, images, columns=run.columns or round(run.nsampling**0.5))
+            misc.write_grid(dest, trained.images(seeds), columns=run.columns or round(run.nsampling**0.5))
         print(dest)
 
 

@@ -5,59 +5,63 @@ python train.py --data_name digits --mode characteristic --teacher logs/digits-d
 torchrun --nproc_per_node=4 train.py --data_name cifar --mode denoiser --bsz 256
 """
 
-import dataclasses
-import fcntl
+import dist_util
+from dist_util import Stopped, UserError
+
 import json
 import math
 import os
-import shutil
-import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+import checkpoint
+import dataset
 import defaults
-import dist_util
+import fid
+import generator
 import misc
 import network
 import sde
+import workdir
 from defaults import setting
-from dist_util import LoneError, Stopped, UserError
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(fid.InceptionFile):
     """files"""
 
-    workdir: str | None = setting(None, "folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
-    teacher: str | None = setting(None, "checkpoint of the denoiser to distil (mode characteristic)")
+    workdir: str | None = setting(
+        None, "folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out", path=""
+    )
+    teacher: str | None = setting(None, "checkpoint of the denoiser to distil (mode characteristic)", path="")
     resume: str | None = setting(
-        None, "checkpoint that a new --workdir begins from; a --workdir that holds a run is continued without it"
+        None, "checkpoint that a new --workdir begins from; a --workdir that holds a run is continued without it", path=""
     )
     fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
     force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
     keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
-    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
-    inception_weights: str | None = setting(
-        None,
-        f"file of the InceptionV3's weights, if --ref_path needs it; weights/{misc.WEIGHTS['inception_weights'][0]} if "
-        "left out",
+    ref_path: str | None = setting(
+        None, "npz file with the reference's statistics (fid.py --mode ref), for --fid_freq", path=""
     )
     lpips_weights: str | None = setting(
-        None, f"file of LPIPS's channel weights, for --loss_norm lpips; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out"
+        None,
+        f"file of LPIPS's channel weights, for --loss_norm lpips; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out",
+        path="",
     )
     vgg_weights: str | None = setting(
-        None, f"file of the VGG16's weights, for --loss_norm lpips; weights/{misc.WEIGHTS['vgg_weights'][0]} if left out"
+        None,
+        f"file of the VGG16's weights, for --loss_norm lpips; weights/{misc.WEIGHTS['vgg_weights'][0]} if left out",
+        path="",
     )
-    download: bool = setting(False, "fetch weights where they are published, if their files are missing")
 
 
 # ----------------------------------------------------------------------------------------------------- objectives
-# An objective is called with a round's images (B, C, H, W), one-hot labels or None, and a generator on their device; it
-# returns the scalar to differentiate and what to log, {name: scalar tensor}.
+# An objective is called with a part of the step's batch: images (B, C, H, W), one-hot labels or None, a generator on their
+# device, and the place of the part's first image in the step's batch.  It returns the scalar to differentiate and what to
+# log, {name: scalar tensor}.  Both are such that their means over the parts, of all rounds and ranks, are those of the step.
 
 
 def normal(like, generator):
@@ -70,72 +74,101 @@ def training_times(n, train, generator):
     return train.train_eps0 + (1 - train.train_eps0) * t
 
 
-class Denoising:
+class Objective:
+    """What all share.
+
+    model      what is trained, a Denoiser or a dist_util.parallel() one
+    config     defaults.Config
+    teacher    generator.Trained, on the same device; None in stage 1, like the next two
+    distance   function of two batches of images -> (B,)
+    ema        the moving average of the model
+    """
+
+    def __init__(self, model, config, teacher=None, distance=None, ema=None):
+        self.model, self.config, self.teacher, self.distance, self.ema = model, config, teacher, distance, ema
+
+    def begin(self, step):
+        """Called once, when the run is sure to begin, with the number of steps that are done already."""
+
+    def start_step(self, step):
+        """Called before each optimizer step."""
+
+
+class Denoising(Objective):
     """Stage 1."""
 
-    def __init__(self, model, config):
-        self.model, self.config = model, config
-
-    def __call__(self, x0, label, generator):
+    def __call__(self, x0, label, generator, place=0):
         t = training_times(len(x0), self.config.train, generator)
         d = self.model(sde.interpolate(x0, normal(x0, generator), t), t, label=label)
         loss = sde.denoising_loss(d, x0, t, self.config.network.sigma_data).mean()
         return loss, {"loss": loss}
 
 
-class Distillation:
-    """What the two objectives of stage 2 share: the grid, the teacher, and adding the stage-1 loss."""
+class Distillation(Objective):
+    """What the objectives of stage 2 share: the grid, the teacher's steps, and adding the stage-1 loss."""
 
-    def __init__(self, model, config, teacher, distance, device):
-        train, sampling = config.train, config.sampling
-        self.model, self.config, self.teacher = model, config, teacher
-        self.ts = sde.grid(sampling.num_steps, 1 - train.train_eps1, train.train_eps0, sampling.rho).to(device)
-        self.distance = distance
-        self.solver = sde.SOLVERS[config.distil.teacher_solver]
+    def __init__(self, *args):
+        super().__init__(*args)
+        train, distil = self.config.train, self.config.distil
+        ts = sde.grid(distil.grid_steps, 1 - train.train_eps1, train.train_eps0, distil.grid_rho)
+        self.ts = ts.to(self.teacher.mean.device)
+        self.solver = defaults.choose("teacher_solver", distil.teacher_solver, sde.SOLVERS)
 
     def teacher_step(self, label):
         return lambda x, t, s: self.solver(lambda y, r: self.teacher.model(y, r, label=label), x, t, s)
 
-    def start_step(self, step):
-        """Called before each optimizer step."""
-
-    def combine(self, distances, denoising):
-        """The scalar to differentiate; the adaptive weight is that of this rank and round."""
-        distil, distance = self.config.distil, distances.mean()
-        if not len(denoising) or not distil.dsm_weight:
+    def combine(self, distance, denoising, place):
+        """The scalar to differentiate, from two scalars; `denoising` is None where there is no stage-1 loss."""
+        distil = self.config.distil
+        if denoising is None:
             return distance, {"loss": distance, "distance": distance}
-        dsm, weight = denoising.mean(), distil.dsm_weight
+        weight = distil.dsm_weight
         if distil.adaptive_weight:
-            weight = weight * sde.adaptive_weight(distance, dsm, self.model.net.last_layer)
-        loss = distance + weight * dsm
-        return loss, {"loss": loss, "distance": distance, "denoising": dsm, "weight": torch.as_tensor(weight)}
+            weight = weight * self.balance(distance, denoising, place)
+        loss = distance + weight * denoising
+        return loss, {"loss": loss, "distance": distance, "denoising": denoising, "weight": torch.as_tensor(weight)}
+
+    def balance(self, distance, denoising, place):
+        """sde.adaptive_weight of the two losses, over all ranks, and over the rounds of this step up to the present one."""
+        last = getattr(self.model, "module", self.model).net.last_layer
+        gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (distance, denoising)]
+        gradients = [dist_util.sum_over_ranks(gradient) for gradient in gradients]
+        if place >= self.config.train.bsz * dist_util.world_size():  # not the first round
+            gradients = [total + gradient for total, gradient in zip(self.gradients, gradients)]
+        self.gradients = gradients
+        return sde.adaptive_weight(*gradients)
 
 
 class Trajectory(Distillation):
     """The paper's regression on the teacher's solutions, which are kept in a bank on the device.
 
-    The bank is a ring of batches of solutions; batch b is a function of (seed, rank, b) alone, and which batches it holds
-    at a step is a function of the step.
+    The bank is a ring of batches of global_bsz solutions, of which each rank holds its share.  A share is a function of
+    (seed, rank, number of the batch) alone, and which batches the bank holds at a step is a function of the step.
     """
 
-    def __init__(self, model, config, teacher, distance, device, start):
-        super().__init__(model, config, teacher, distance, device)
-        distil, self.bsz = config.distil, config.train.bsz
-        self.n_dsm = round(distil.dsm_share * self.bsz) if distil.dsm_weight else 0
-        K, shape = config.sampling.num_steps, teacher.mean.shape
+    def __init__(self, *args):
+        super().__init__(*args)
+        distil, train, shape = self.config.distil, self.config.train, self.teacher.mean.shape
+        K = distil.grid_steps
+        self.share = train.global_bsz // dist_util.world_size()
+        self.slots = math.ceil(distil.bank_size / train.global_bsz)
+        dtype, device = getattr(torch, distil.bank_dtype), self.ts.device
+        check_memory((K + 1) * self.slots * self.share * math.prod(shape) * dtype.itemsize, device)
+        self.bank = torch.empty(K + 1, self.slots * self.share, *shape, dtype=dtype, device=device)
+        self.labels = torch.zeros(self.slots * self.share, dtype=torch.long, device=device)
         self.pairs = sde.pair_probabilities(K, distil.one_step_share, distil.to_data_share).flatten().to(device)
-        self.slots = math.ceil(distil.bank_size / self.bsz)
-        dtype = getattr(torch, distil.bank_dtype)
-        self.bank = torch.empty(K + 1, self.slots * self.bsz, *shape, dtype=dtype, device=device)
-        self.labels = torch.zeros(self.slots * self.bsz, dtype=torch.long, device=device)
-        self.first = self.replaced(start)
 
-    def fill_bank(self):
-        """Called once the run is sure to begin, since it takes time."""
-        with misc.progress(self.slots * self.bsz, "teacher's solutions") as bar:
-            for batch in range(self.first, self.first + self.slots):
-                self.fill(batch)
-                bar.update(self.bsz)
+    def begin(self, step):
+        self.first = self.replaced(step)
+        with misc.progress(self.slots * self.share, "teacher's solutions") as bar:
+            for number in range(self.first, self.first + self.slots):
+                self.fill(number, bar)
+
+    def start_step(self, step):
+        """Refresh the bank: the oldest batch makes place for a new one every bank_refresh_freq steps."""
+        while self.first < self.replaced(step):
+            self.fill(self.first + self.slots)
+            self.first += 1
 
     def replaced(self, step):
         """How many batches have been replaced before this step."""
@@ -143,56 +176,62 @@ class Trajectory(Distillation):
         return step // freq if freq else 0
 
     @torch.no_grad()
-    def fill(self, batch):
-        seed = misc.derive_seed(self.config.train.seed, "bank", dist_util.rank(), batch)
-        generator = torch.Generator(self.ts.device).manual_seed(seed)
-        place = slice(batch % self.slots * self.bsz, (batch % self.slots + 1) * self.bsz)
-        z = torch.randn((self.bsz, *self.teacher.mean.shape), generator=generator, device=self.ts.device)
-        x = sde.start(z, self.teacher.mean, self.config.train.train_eps1)
-        label_dim = self.config.network.label_dim
+    def fill(self, number, bar=None):
+        """Put this rank's share of a batch into its place in the ring."""
+        train, label_dim, device = self.config.train, self.config.network.label_dim, self.ts.device
+        seed = misc.derive_seed(train.seed, "bank", dist_util.rank(), number)
+        generator = torch.Generator(device).manual_seed(seed)
+        z = torch.randn((self.share, *self.teacher.mean.shape), generator=generator, device=device)
+        first = number % self.slots * self.share
         if label_dim:
-            self.labels[place] = torch.randint(label_dim, (self.bsz,), generator=generator, device=x.device)
-        step = self.teacher_step(misc.one_hot(self.labels[place], label_dim))
-        for k, state in enumerate(sde.sample(step, x, self.ts)):
-            self.bank[k, place] = state.to(self.bank.dtype)
+            labels = torch.randint(label_dim, (self.share,), generator=generator, device=device)
+            self.labels[first : first + self.share] = labels
+        for start in range(0, self.share, train.bsz):
+            x = sde.start(z[start : start + train.bsz], self.teacher.mean, train.train_eps1)
+            place = slice(first + start, first + start + len(x))
+            step = self.teacher_step(dataset.one_hot(self.labels[place], label_dim))
+            for k, state in enumerate(sde.sample(step, x, self.ts)):
+                self.bank[k, place] = state.to(self.bank.dtype)
+            if bar:
+                bar.update(len(x))
 
-    def start_step(self, step):
-        while self.first < self.replaced(step):
-            self.fill(self.first + self.slots)
-            self.first += 1
-
-    def __call__(self, x0, label, generator):
+    def __call__(self, x0, label, generator, place=0):
+        train, distil, network = self.config.train, self.config.distil, self.config.network
+        share = distil.dsm_share if distil.dsm_weight else 0
+        n_dsm = round((place + len(x0)) * share) - round(place * share)  # such that all parts have the share together
+        n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
         K = len(self.ts) - 1
-        n_dsm = self.n_dsm
-        n = len(x0) - n_dsm
         pair = torch.multinomial(self.pairs, n, replacement=True, generator=generator)
         k, l = pair // (K + 1), pair % (K + 1)
         which = torch.randint(self.bank.shape[1], (n,), generator=generator, device=k.device)
         states = self.bank[torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
-        t, z = training_times(n_dsm, self.config.train, generator), normal(x0, generator)
+        t, z = training_times(n_dsm, train, generator), normal(x0, generator)
         if label is not None:
-            label = torch.cat([misc.one_hot(self.labels[which], self.config.network.label_dim), label[:n_dsm]])
+            label = torch.cat([dataset.one_hot(self.labels[which], network.label_dim), label[:n_dsm]])
         denoise = lambda x, t, s: self.model(x, t, s, label)  # noqa: E731
-        sigma, on_data = self.config.network.sigma_data, self.config.distil.loss_norm == "lpips"
-        return self.combine(
-            *sde.trajectory_losses(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), sigma, self.distance, on_data)
+        on_data = distil.loss_norm == "lpips"
+        distances, dsm = sde.trajectory_losses(
+            denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), network.sigma_data, self.distance, on_data
         )
+        # Parts may differ by one image; all images of the step weigh the same.
+        distance = distances.mean() * (n * parts / (train.global_bsz - all_dsm))
+        return self.combine(distance, dsm.mean() * (n_dsm * parts / all_dsm) if all_dsm else None, place)
 
 
 class Semigroup(Distillation):
     """What the authors' released code runs: consistency of the flow map along a few steps of the teacher."""
 
-    def __init__(self, model, config, teacher, distance, device, ema):
-        super().__init__(model, config, teacher, distance, device)
-        self.ema = ema.module
-        lengths = torch.arange(1, min(config.distil.teacher_steps, len(self.ts) - 1) + 1, dtype=torch.float64)
-        uniform = config.distil.teacher_steps_strategy == "uniform"
-        self.lengths = (torch.ones_like(lengths) if uniform else lengths).to(device)
+    def __init__(self, *args):
+        super().__init__(*args)
+        distil = self.config.distil
+        lengths = torch.arange(1, min(distil.teacher_steps, distil.grid_steps) + 1, dtype=torch.float64)
+        self.lengths = torch.ones_like(lengths) if distil.teacher_steps_strategy == "uniform" else lengths
 
-    def __call__(self, x0, label, generator):
+    def __call__(self, x0, label, generator, place=0):
         K, n = len(self.ts) - 1, len(x0)
-        steps = 1 + torch.multinomial(self.lengths, 1, generator=generator)  # one number for the batch, as in CTM
+        on_host = torch.Generator().manual_seed(misc.derive_seed(generator.initial_seed(), "length"))
+        steps = 1 + int(torch.multinomial(self.lengths, 1, generator=on_host))  # one number for the part, as in CTM
         i = (torch.rand(n, generator=generator, device=x0.device) * (K + 1 - steps)).long()
         j = i + steps
         k = j + (torch.rand(n, generator=generator, device=x0.device) * (K + 1 - j)).long()
@@ -200,15 +239,30 @@ class Semigroup(Distillation):
         t = training_times(n, self.config.train, generator)
         twice = None if label is None else torch.cat([label, label])
         denoise = lambda x, t, s: self.model(x, t, s, label if len(x) == n else twice)  # noqa: E731
-        return self.combine(
-            *sde.semigroup_losses(
-                denoise,
-                lambda x, t, s: self.ema(x, t, s, label),
-                self.teacher_step(label),
-                *(x0, z, i, j, k, self.ts, z_dsm, t.to(self.ts.dtype)),
-                self.config.network.sigma_data,
-                self.distance,
-            )
+        distances, dsm = sde.semigroup_losses(
+            denoise,
+            lambda x, t, s: self.ema(x, t, s, label),
+            self.teacher_step(label),
+            *(x0, z, i, steps, k, self.ts, z_dsm, t.to(self.ts.dtype)),
+            self.config.network.sigma_data,
+            self.distance,
+        )
+        return self.combine(distances.mean(), dsm.mean() if self.config.distil.dsm_weight else None, place)
+
+
+OBJECTIVES = {"trajectory": Trajectory, "semigroup": Semigroup}  # of stage 2
+
+
+def check_memory(size, device):
+    """UserError if the memory of the machine, or of its GPU, cannot hold a bank of so many bytes for each rank."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if size > there:
+        raise UserError(
+            f"the bank of stage 2 takes {size / 2**30:.1f} GiB on each rank, which has {there / 2**30:.1f}: lower --bank_size, "
+            "or take --bank_dtype float16"
         )
 
 
@@ -218,7 +272,7 @@ def make_distance(run, config, device):
     LPIPS as the reference has it: average pooling, images of fewer than 256 pixels resized to 224, grey repeated.
     """
     if config.distil.loss_norm != "lpips":
-        return sde.DISTANCES[config.distil.loss_norm]
+        return defaults.choose("loss_norm", config.distil.loss_norm, {**sde.DISTANCES, "lpips": None})
     import lpips  # which imports torchvision, slowly
 
     files = [misc.weights_file(name, getattr(run, name), run.download)[0] for name in ("lpips_weights", "vgg_weights")]
@@ -243,421 +297,26 @@ def learning_rate(step, train):
     return train.lr * warmup * decay
 
 
-def accumulate(model, objective, draw, rounds, signals=(0, 0)):
+def accumulate(model, objective, draw, rounds, after_round=lambda last: False):
     """Gradients of the mean of the objective over rounds and ranks, left in .grad.
 
-    draw(r) gives the objective's arguments for round r of `rounds`; `signals` are this rank's StopSignals.votes().  Returns the
-    means over rounds of the objective's logs, the signal that asked any rank to stop or None, and whether the loss was finite
-    on all of them.
+    model        what the objective calls, a dist_util.parallel()
+    draw         draw(r) gives the objective's arguments for round r of `rounds`
+    after_round  called after each round with whether it was the last; the step is given up where it returns true
+
+    Returns the means over rounds of the objective's logs, or None if the step was given up.
     """
     totals = {}
     for r in range(rounds):
-        loss, logs = objective(*draw(r))
-        (loss / rounds).backward()
+        last = r == rounds - 1
+        with nullcontext() if last else dist_util.accumulating(model):
+            loss, logs = objective(*draw(r))
+            (loss / rounds).backward()  # in the last round, gradients are averaged over the ranks meanwhile
         for name, value in logs.items():
             totals[name] = totals.get(name, 0.0) + value.detach() / rounds
-    loss = totals["loss"]
-    votes = torch.cat([loss.new_tensor(signals), ~torch.isfinite(loss)[None]])
-    *signals, bad = dist_util.average_gradients(list(model.parameters()), votes).tolist()
-    return totals, dist_util.strongest(signals), not bad
-
-
-class Window:
-    """Sums, in float64, of what the steps since the last line of metrics.jsonl logged, on this rank."""
-
-    def __init__(self, device):
-        self.device, self.sums, self.steps, self.skipped = device, {}, 0, 0
-
-    def add(self, logs):
-        self.steps += 1
-        for name, value in logs.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double()
-
-    def means(self):
-        """{name: mean over steps and ranks}, and how many steps were skipped if any; all ranks call this together."""
-        names, found = sorted(self.sums), {}
-        if names:
-            sums = torch.stack([self.sums[name] for name in names])
-            means = dist_util.sum_over_ranks(sums) / dist_util.world_size() / self.steps
-            found = dict(zip(names, means.tolist()))
-        return {**found, **({"skipped": self.skipped} if self.skipped else {})}
-
-    def content(self):
-        """What a checkpoint holds of it; all ranks call this together."""
-        sums = dist_util.gather({name: value.item() for name, value in self.sums.items()})
-        return {"steps": self.steps, "skipped": self.skipped, "sums": sums}
-
-    def restore(self, content):
-        """The inverse; where the number of ranks is another, each takes the mean."""
-        ranks = content["sums"]
-        if len(ranks) == dist_util.world_size():
-            mine = ranks[dist_util.rank()]
-        else:
-            mine = {name: sum(sums[name] for sums in ranks) / len(ranks) for name in ranks[0]}
-        self.sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in mine.items()}
-        self.steps, self.skipped = content["steps"], content["skipped"]
-
-
-class Stopwatch:
-    """Images per second since it was made, of `steps` steps of so many images."""
-
-    def __init__(self, images):
-        self.images, self.steps, self.begun = images, 0, time.perf_counter()
-
-    def rate(self):
-        return round(self.steps * self.images / (time.perf_counter() - self.begun), 1)
-
-    @contextmanager
-    def paused(self):
-        begun = time.perf_counter()
-        yield
-        self.begun += time.perf_counter() - begun
-
-
-# --------------------------------------------------------------------------------------------------------- the run
-
-SKIPPED_IN_A_ROW = 20  # steps without finite gradients after which a run gives up
-FREE = (  # what may change when the same run continues; README, "Reliability", says what bsz and train_steps do to it
-    *("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz"),
-)
-
-
-@dataclass
-class Plan:
-    """What is to be trained, where, and from where on."""
-
-    config: defaults.Config
-    workdir: Path
-    teacher: misc.Trained | None
-    saved: dict | None  # content of the checkpoint to continue
-    path: Path | None  # that checkpoint
-    origin: dict | None  # path and SHA-256 of the checkpoint that the run in workdir began from with --resume
-    teacher_hash: str | None  # SHA-256 of the teacher's checkpoint
-
-    @property
-    def in_place(self):
-        """Whether it continues what is in its own workdir."""
-        return self.path is not None and self.path.parent.resolve() == self.workdir.resolve()
-
-
-def make_plan(run, flags, device, agents):
-    """The Plan of a command, or UserError; `agents` are what torchrun_agent() is on all ranks.
-
-    A run that continues takes its settings from its checkpoint, a student its data and network from its teacher.  Whatever
-    --workdir holds is continued; --resume names what a new --workdir begins from, --fresh begins anew.
-    """
-    if run.resume and run.fresh:
-        raise UserError("--resume continues and --fresh begins anew: leave one out")
-    if run.force and not run.fresh:
-        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
-    if run.keep < 0:
-        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
-    source = Path(run.resume) if run.resume else None
-    latest, held = load_held(Path(run.workdir)) if source and run.workdir else (None, None)
-    if held and held["run"]["origin"] and held["run"]["origin"]["path"] == os.path.abspath(source):
-        source = latest  # the same command again: what was there may have gone on, or gone
-    saved = load_run(source) if source else None
-    mode = saved["config"].task.mode if saved else flags.get("mode", "denoiser")
-    if flags.get("mode", mode) != mode:
-        raise UserError(
-            f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 begins with --teacher alone"
-        )
-    teacher, teacher_hash, inherited = None, None, {}
-    if mode == "denoiser" and run.teacher:
-        raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
-    if mode == "characteristic":
-        if not run.teacher:
-            raise UserError("--teacher is missing: stage 2, a run that continues too, needs the checkpoint of stage 1")
-        teacher = misc.load_model(run.teacher, {k: v for k, v in flags.items() if k != "mode"}, device)
-        if teacher.config.task.mode != "denoiser":
-            raise UserError(f"{run.teacher} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
-        teacher_hash = misc.file_hash(run.teacher)
-        inherited = {**vars(teacher.config.data), **vars(teacher.config.network)}
-    config = misc.override(saved["config"], flags, source) if saved else defaults.resolve({**inherited, **flags})
-    workdir = Path(run.workdir or f"logs/{config.data.data_name}-{mode}")
-    path, origin = source, None
-    if saved:
-        origin = {"path": os.path.abspath(source), "sha256": misc.file_hash(source), "step": saved["step"]}
-
-    misc.check_folder(workdir, "workdir")
-    if misc.latest_checkpoint(workdir) and run.fresh and not is_restart(workdir, agents):
-        if not run.force:
-            raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
-    else:
-        latest, held = load_held(workdir)
-    if held:
-        asked = Path(run.resume or "")
-        if run.resume and asked.parent.resolve() == workdir.resolve() and asked.name != "latest.pth":
-            raise UserError(f"--workdir {workdir} goes on from its last checkpoint: leave --resume out, or choose another")
-        if source and source.resolve() != latest.resolve() and not began_from(held, origin):
-            raise UserError(f"--workdir {workdir} holds a run that did not begin from {source}: choose another folder")
-        path, saved = latest, held
-        config = misc.override(saved["config"], flags, path, tuple(defaults.SECTIONS), FREE)
-        origin = saved["run"]["origin"]
-    check_bank(config, device)
-    plan = Plan(config, workdir, teacher, saved, path, origin, teacher_hash)
-    if saved:
-        step, last = saved["step"], config.train.train_steps
-        if step > last or step == last and not plan.in_place:
-            raise UserError(f"{path} is at step {step} already: to train longer, raise --train_steps")
-        if saved["run"]["teacher"] != teacher_hash:
-            raise UserError(f"{run.teacher} is not the teacher that {path} began with: name that one, or begin a new run")
-    return plan
-
-
-def check_bank(config, device):
-    """UserError if the memory of the machine, or of its GPU, cannot hold stage 2's bank, which every rank has one of."""
-    data, distil = config.data, config.distil
-    values = (config.sampling.num_steps + 1) * max(distil.bank_size, config.train.bsz)
-    size = values * data.image_channels * data.image_size**2 * getattr(torch, distil.bank_dtype).itemsize
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if config.task.mode == "characteristic" and distil.objective == "trajectory" and size > there:
-        raise UserError(
-            f"the bank of stage 2 takes {size / 2**30:.1f} GiB on each rank, which has {there / 2**30:.1f}: lower --bank_size, "
-            "or take --bank_dtype float16"
-        )
-
-
-def began_from(held, origin):
-    """Whether a run, the dict of its checkpoint, began by --resume from the checkpoint at that path, or with that content."""
-    mine = held["run"]["origin"]
-    return mine is not None and (mine["path"] == origin["path"] or mine["sha256"] == origin["sha256"])
-
-
-def load_held(workdir):
-    """(path, load_run() of it) of the last checkpoint in a folder, (None, None) without one; UserError says what to remove."""
-    misc.check_folder(workdir, "workdir")
-    latest = misc.latest_checkpoint(workdir)
-    if latest is None:
-        return None, None
-    if not latest.exists():
-        raise UserError(
-            f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
-            "continue from the last checkpoint there is"
-        )
-    try:
-        return latest, load_run(latest)
-    except UserError as error:
-        raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
-
-
-def torchrun_agent():
-    """What tells the job of torchrun, and the process of torchrun on this machine, from all others; None without torchrun.
-
-    That process lives as long as the job, through any restart.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    agent, begun = os.getppid(), ""
-    with suppress(OSError):  # systems without /proc
-        begun = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # ticks since the machine started
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {agent} {begun}"
-
-
-def is_restart(workdir, agents):
-    """Whether torchrun has started this run again, after a process died or a machine came: by the same command, --fresh too,
-    but to go on.
-
-    Its count says so, but stays 0 when a machine comes or goes; its process does, unless a shell is in between.
-    """
-    try:
-        begun_by = (workdir / ".lock").read_text().splitlines()
-    except OSError:
-        return False
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and any(line.split(" ")[0] == job for line in begun_by)
-    return counted or any(agent in begun_by for agent in agents)
-
-
-def load_run(path):
-    """The dict of a checkpoint that train.py wrote, its configuration as a Config."""
-    saved = misc.load_checkpoint(path)
-    if not {"config", "optim", "step", "mean", "run"} <= saved.keys():
-        raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
-    config, run = defaults.from_dict(saved["config"]), saved["run"]
-    misc.check_mean(saved["mean"], config, path)
-    try:
-        counts = [run[name] for name in ("ranks", "bsz", "images", "skipped")]
-        counts += [run["window"]["steps"], run["window"]["skipped"], run["ranks"] - 1]
-        sums, origin = run["window"]["sums"], run["origin"]
-        if not all(type(n) is int and 0 <= n < 2**63 for n in counts):
-            raise ValueError("numbers of another kind")
-        if not all(part.keys() == sums[0].keys() and set(map(type, part)) <= {str} for part in sums):
-            raise ValueError("ranks that logged different things")
-        if not all(type(value) is float and math.isfinite(value) for part in sums for value in part.values()):
-            raise ValueError("sums of another kind")
-        if len(sums) != run["ranks"] or not {"teacher", "data"} <= run.keys():
-            raise ValueError("parts are missing")
-        kinds = {"path": str, "sha256": str, "step": int}
-        if origin is not None and {name: type(value) for name, value in origin.items()} != kinds:
-            raise ValueError("another origin")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
-    return {**saved, "config": config}
-
-
-def check_data(dataset, plan):
-    """The fingerprint of the data; UserError if it is not that of the run that continues."""
-    found = dataset.fingerprint()
-    if plan.saved and plan.saved["run"]["data"] != found:
-        had = plan.saved["run"]["images"]
-        differ = f"{len(dataset)} images, and had {had}" if len(dataset) != had else f"other images than the {had} it had"
-        raise UserError(f"the data has {differ} in {plan.path}: name those with --data_path, or begin a new run")
-    return found
-
-
-def fit_to_ranks(config, flags, saved):
-    """The configuration with a --bsz that suits the ranks: a run that continues on others may need another; or UserError.
-
-    Says what is no longer as it would have been.
-    """
-    train, world = config.train, dist_util.world_size()
-    share, rest = divmod(train.global_bsz, world)
-    if saved and "bsz" not in flags and not rest and share % train.bsz:
-        config = defaults.resolve({"bsz": next(n for n in range(train.bsz, 0, -1) if share % n == 0)}, config)
-    elif train.global_bsz % (train.bsz * world):
-        fitting = f"; try --bsz {share}" if rest == 0 else ""
-        raise UserError(
-            f"--global_bsz is {train.global_bsz}: it must be a multiple of --bsz times the ranks, "
-            f"{train.bsz} x {world}{fitting}"
-        )
-    if saved and train.lr_decay == "cosine" and saved["config"].train.train_steps != train.train_steps:
-        misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
-    before = (saved["run"]["ranks"], saved["run"]["bsz"]) if saved else (world, config.train.bsz)
-    if before != (world, config.train.bsz):
-        misc.log(
-            f"continuing on {world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {before[0]} of {before[1]}: each "
-            "step sees the same images, but noise, dropout and stage 2's bank are other draws, so that the weights will not be "
-            "those of a run that went on as it was"
-        )
-    return config
-
-
-def lock_workdir(workdir):
-    """A handle on {workdir}/.lock that keeps other runs out of the folder for as long as this process lives.
-
-    UserError if another run is in the folder.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+")  # noqa: SIM115
-        for attempt in range(10, -1, -1):
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not attempt:
-                    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
-                time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
-            except OSError:  # a file system without locks
-                break
-    except OSError as error:
-        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
-    return lock
-
-
-def prepare_workdir(plan, fresh, keep, agents):
-    """Make and lock the folder, save the configuration, and keep of metrics.jsonl what came before the step to start from.
-
-    Returns the lock.  Its file holds the `agents`, for is_restart(): none before all is removed for `fresh`, and then never
-    fewer, wherever this is killed.
-    """
-    workdir, start = plan.workdir, plan.saved["step"] if plan.saved else 0
-    lines = read_metrics(workdir) if plan.in_place else []
-    lock = lock_workdir(workdir)
-    if not fresh and misc.latest_checkpoint(workdir) != (plan.path if plan.in_place else None):
-        raise UserError(f"--workdir {workdir} has just been written to by another run: start the command again")
-    for folder in (workdir, workdir / "samples"):
-        misc.remove_leftovers(folder)
-    try:
-        if fresh:
-            lock.truncate(0)
-            for path in (*misc.checkpoints(workdir), *(workdir / name for name in ("latest.pth", "metrics.jsonl", "loss.png"))):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(workdir / "samples", ignore_errors=True)
-        lock.seek(0)  # to open the file again and close it would give up the lock
-        known = lock.read().splitlines()
-        lock.write("".join(f"{agent}\n" for agent in sorted(set(agents) - {None, *known})))
-        lock.flush()
-    except OSError as error:
-        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
-    if plan.in_place:  # it may have been killed before
-        misc.remove_old(workdir, keep)
-    misc.write_json(workdir / "config.json", defaults.to_dict(plan.config))
-    with misc.atomic(workdir / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
-    return lock
-
-
-def read_metrics(workdir):
-    """The lines of metrics.jsonl as dicts, without a last one that a kill cut short; UserError if it is damaged."""
-    path = workdir / "metrics.jsonl"
-    try:
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        lines = [json.loads(line) for line in lines]
-        if not all(type(line["step"]) is int for line in lines):
-            raise ValueError("a step that is no number")
-        return lines
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: repair it, or move it away") from error
-
-
-def preview(model, config, mean):
-    """The model as it is drawn and scored during training: with the sampling settings, but a flow map in one step."""
-    if config.task.mode == "characteristic":
-        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, num_steps=1))
-    return misc.Trained(model, config, mean, 0, "")
-
-
-def draw_samples(path, trained):
-    """Grid of --nsampling images of seeds 0, 1, ..."""
-    count = trained.config.train.nsampling
-    images = torch.cat([images for _, images in misc.generate(trained, range(count), desc="samples")])
-    misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
-
-
-class Score:
-    """Fréchet distance of --fid_num images to the statistics --ref_path, in their feature space; all ranks take part."""
-
-    def __init__(self, run, config, shape, device):
-        if not run.ref_path:
-            raise UserError("--ref_path is missing: --fid_freq scores against the statistics of fid.py --mode ref")
-        self.reference, self.count = dist_util.agree(lambda: misc.read_statistics(run.ref_path)), config.train.fid_num
-        features = misc.choose_features("auto", shape[0], self.reference)
-        self.name = "pixel_fid" if features == "pixels" else "fid"
-        self.extract = misc.load_features(features, device, run.inception_weights, run.download)
-        made = misc.metadata_of(self.extract, shape, self.count)
-        misc.check_comparable(self.reference, self.extract.dimension(shape), made)
-
-    def is_recorded(self, workdir, step):
-        return any(line["step"] == step and self.name in line for line in read_metrics(workdir))
-
-    def __call__(self, trained, poll):
-        images = misc.measure(misc.Generated(trained, range(self.count), poll), self.extract)
-        return dist_util.on_first_rank(lambda: misc.frechet_distance(self.reference, images))
-
-
-def draw_loss_curve(workdir):
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(workdir)
-    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name in ("loss", "distance", "denoising"):
-        mine = [line for line in lines if name in line]
-        if mine:
-            ax.plot([line["step"] for line in mine], [line[name] for line in mine], label=name)
-    ax.set(xlabel="step", ylabel="training loss", yscale="log")
-    ax.legend()
-    with misc.atomic(workdir / "loss.png") as temporary:
-        fig.savefig(temporary, dpi=120, format="png")
-    plt.close(fig)
+        if after_round(last):
+            return None
+    return totals
 
 
 def seed_round(generator, seed, step, r):
@@ -666,170 +325,240 @@ def seed_round(generator, seed, step, r):
     torch.manual_seed(misc.derive_seed(seed, "dropout", step, r, dist_util.rank()))
 
 
-def train(run, flags, device):
-    agents = dist_util.gather(torchrun_agent())
-    plan = dist_util.agree(lambda: make_plan(run, flags, device, agents))
-    saved, teacher, workdir, in_place = plan.saved, plan.teacher, plan.workdir, plan.in_place
-    start = saved["step"] if saved else 0
-    if len(set(dist_util.gather((str(plan.path), start)))) > 1:
-        raise UserError(f"the ranks see different runs in --workdir {workdir}: put it where all machines see the same files")
-    config = fit_to_ranks(plan.config, flags, saved)
-    cfg, rank, world = config.train, dist_util.rank(), dist_util.world_size()
-    rounds = cfg.global_bsz // (cfg.bsz * world)
-    torch.manual_seed(cfg.seed)
-    model = misc.build_model(config).to(device).train()
-    dataset = dist_util.agree(lambda: misc.load_data(config.data))
-    data_hash = dist_util.on_first_rank(lambda: check_data(dataset, plan))
-    classes = int(dataset.labels.max()) + 1
-    if config.network.label_dim and config.network.label_dim < classes:
-        raise UserError(f"--label_dim is {config.network.label_dim}, but the data has {classes} classes")
-    if run.ref_path and not cfg.fid_freq:
-        raise UserError("--ref_path is for --fid_freq, the steps between scores: add it, or leave --ref_path out")
-    score = Score(run, config, dataset.shape, device) if cfg.fid_freq else None
-    distance = make_distance(run, config, device) if teacher else None
-    for name, section in defaults.to_dict(config).items():
-        misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
+# --------------------------------------------------------------------------------------------- seen while it trains
 
-    if saved:
-        mean = saved["mean"].to(device)
+
+class Score:
+    """Fréchet distance of --fid_num images to the statistics --ref_path, in their feature space; all ranks take part."""
+
+    def __init__(self, run, config, shape, device):
+        if not run.ref_path:
+            raise UserError("--ref_path is missing: --fid_freq scores against the statistics of fid.py --mode ref")
+        self.reference, self.count = dist_util.agree(lambda: fid.read_statistics(run.ref_path)), config.train.fid_num
+        features = fid.choose_features("auto", shape[0], self.reference)
+        self.name = "pixel_fid" if features == "pixels" else "fid"
+        self.extract = fid.load_features(features, device, run.inception_weights, run.download)
+        made = fid.metadata_of(self.extract, shape, self.count)
+        fid.check_comparable(self.reference, self.extract.dimension(shape), made)
+
+    def __call__(self, trained, poll):
+        images = fid.measure(generator.Generated(trained, range(self.count), poll), self.extract)
+        return dist_util.on_first_rank(lambda: fid.frechet_distance(self.reference, images))
+
+
+def draw_samples(folder, trained, step):
+    """samples/{step}.png, a grid of --nsampling images of seeds 0, 1, ...; and loss.png."""
+    count, path = trained.config.train.nsampling, folder / "samples" / f"{step:06d}.png"
+    images = torch.cat([images for _, images in generator.generate(trained, range(count), desc="samples")])
+    with misc.not_fatal(path):
+        misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
+    with misc.not_fatal(folder / "loss.png"):
+        workdir.draw_curves(folder)
+
+
+# --------------------------------------------------------------------------------------------------------- the run
+
+SKIPPED_IN_A_ROW = 20  # steps without finite gradients after which a run gives up
+
+
+class Training:
+    """A run that is ready to begin: all that may refuse has been asked.  run() is the loop."""
+
+    def __init__(self, run, flags, device):
+        agents = dist_util.gather(dist_util.torchrun_agent())
+        plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device, agents))
+        if len(set(dist_util.gather((str(plan.saved and plan.saved.path), plan.start)))) > 1:
+            raise UserError(f"the ranks see different runs in --workdir {plan.workdir}: put it where all machines see the same")
+        config, images, fingerprint = load_data(plan, flags)
+        if run.ref_path and not config.train.fid_freq:
+            raise UserError("--ref_path is for --fid_freq, the steps between scores: add it, or leave --ref_path out")
+        self.score = Score(run, config, images.shape, device) if config.train.fid_freq else None
+        distance = make_distance(run, config, device) if plan.teacher else None
+        for name, section in defaults.to_dict(config).items():
+            misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
+        self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
+        self.state = make_state(plan, config, images, fingerprint, device)
+        self.rounds = config.train.global_bsz // (config.train.bsz * dist_util.world_size())
+        self.model = dist_util.parallel(self.state.model, static=plan.teacher is None and self.rounds == 1)
+        kind = defaults.choose("objective", config.distil.objective, OBJECTIVES) if plan.teacher else Denoising
+        self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
+        anew = run.fresh and not plan.saved
+        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, anew, run.keep, agents))
+
+        self.begun = time.perf_counter() - next((x["seconds"] for x in workdir.history(plan)[::-1] if "seconds" in x), 0)
+        self.steps = config.train.train_steps - (plan.origin["step"] if plan.origin else 0)  # of the run in this folder
+        self.last_saved = plan.start if plan.in_place else None
+        self.in_a_row = 0  # steps skipped since the last good one
+        self.counted, self.spent = 0, 0.0  # steps since the last line of metrics.jsonl, and their seconds
+        self.asked, self.owed = None, False  # a signal to stop, and a checkpoint: both wait for a step that is not skipped
+        self.shown, self.generator = {}, torch.Generator(device)
+        if plan.start < config.train.train_steps:
+            self.objective.begin(plan.start)
+        self.data = dataset.batches(images, config.data, config.train, plan.start)
+
+    def run(self):
+        """Train until train_steps; Stopped, after a checkpoint, when a signal asks for it."""
+        state, train = self.state, self.config.train
+        total, done = train.train_steps * train.global_bsz, state.step * train.global_bsz
+        with dist_util.StopSignals() as self.stop, misc.progress(total, self.config.task.mode, initial=done) as self.bar:
+            if self.last_saved == state.step:
+                self.draw_and_score()  # what is missing of it where a run was stopped
+            while state.step < train.train_steps:
+                if self.step():
+                    self.report()
+                    self.asked = self.asked or self.stop.check()
+                    self.owed = self.owed or self.due(train.dump_freq)
+                if (self.asked or self.owed) and not self.in_a_row:
+                    self.save()
+                    self.owed = False
+                    if self.asked:
+                        raise Stopped(self.asked, "the same command continues")
+                self.draw_and_score()
+            self.save()
+        if dist_util.rank() == 0:
+            print(self.folder / f"DDPMpp-{train.train_steps:06d}.pth", flush=True)
+            with misc.not_fatal("loss.png"):
+                workdir.draw_curves(self.folder)
+
+    def step(self):
+        """One step of the optimizer, skipped if its gradients are not finite; False if it was given up for a signal."""
+        state, train, begun = self.state, self.config.train, time.perf_counter()
+        self.objective.start_step(state.step)
+        state.optim.zero_grad(set_to_none=True)
+        logs = accumulate(self.model, self.objective, self.draw, self.rounds, self.after_round)
+        if logs is None:
+            return False
+        logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+        if math.isfinite(logs["grad_norm"]):  # where the step waits for the device; the same on all ranks
+            for group in state.optim.param_groups:
+                group["lr"] = learning_rate(state.step, train)
+            state.optim.step()
+            state.ema.update(state.model, state.step)
+            state.window.add(logs)
+            self.in_a_row = 0
+        else:
+            state.skipped, state.window.skipped, self.in_a_row = state.skipped + 1, state.window.skipped + 1, self.in_a_row + 1
+            self.shown["skipped"] = state.skipped
+        state.step += 1
+        if self.in_a_row == min(SKIPPED_IN_A_ROW, self.steps):
+            self.give_up(f"no finite loss or gradient in {self.in_a_row} steps")
+        self.counted, self.spent = self.counted + 1, self.spent + time.perf_counter() - begun
+        return True
+
+    def draw(self, r):
+        """The objective's arguments for a round of the present step."""
+        train, device = self.config.train, self.generator.device
+        images, labels = next(self.data)
+        seed_round(self.generator, train.seed, self.state.step, r)
+        x0 = dataset.to_model(images.to(device, non_blocking=True), self.config.data.centered)
+        place = (r * dist_util.world_size() + dist_util.rank()) * train.bsz
+        return x0, dataset.one_hot(labels.to(device), self.config.network.label_dim), self.generator, place
+
+    def after_round(self, last):
+        """Whether the present step is given up, for a signal."""
+        self.bar.set_postfix({"step": self.state.step + 1, **self.shown}, refresh=False)
+        self.bar.update(self.config.train.bsz * dist_util.world_size())
+        if last:
+            return False
+        self.asked = self.asked or self.stop.check()
+        return bool(self.asked) and not self.in_a_row
+
+    def due(self, freq):
+        """Whether something that is done every `freq` steps, and at the end, follows the last step."""
+        done = self.state.step
+        return bool(freq and done and (done % freq == 0 or done == self.config.train.train_steps))
+
+    def report(self):
+        """A line of metrics.jsonl every log_freq steps."""
+        state, train = self.state, self.config.train
+        if not self.due(train.log_freq):
+            return
+        line = {"step": state.step, **state.window.means(), "lr": learning_rate(state.step - 1, train)}
+        line |= {"images_per_s": round(self.counted * train.global_bsz / self.spent, 1)}
+        line |= {"images_seen": state.step * train.global_bsz, "seconds": self.seconds()}
+        if dist_util.rank() == 0:
+            workdir.append_metrics(self.folder, line)
+        if "loss" in line:
+            self.shown["loss"] = f"{line['loss']:.4g}"
+        state.window, self.counted, self.spent = checkpoint.Window(self.generator.device), 0, 0.0
+
+    def seconds(self):
+        """Wall-clock time of the run, without that between a stop and going on."""
+        return round(time.perf_counter() - self.begun, 1)
+
+    def save(self):
+        """A checkpoint of the last step, if there is none.  Not after skipped steps, unless the run ends: it may be bad."""
+        done = self.state.step
+        if done != self.last_saved and (not self.in_a_row or done == self.config.train.train_steps):
+            if not self.state.is_finite():
+                self.give_up("the weights are not finite")
+            self.state.save(self.folder, self.keep)
+            self.last_saved = done
+
+    def draw_and_score(self):
+        """The grid of samples and the score that follow the last step, if they are due and not there."""
+        state, config = self.state, self.config
+        done, new = state.step, state.step > self.start
+        trained = generator.Trained(state.ema.module, config, state.mean, done, "")
+        if self.due(config.train.sampling_freq):
+            missing = new or not (self.folder / "samples" / f"{done:06d}.png").exists()
+            dist_util.on_first_rank(lambda: missing and draw_samples(self.folder, trained, done))
+        if not self.score or not self.due(config.train.fid_freq):
+            return
+        known = not new and any(x["step"] == done and self.score.name in x for x in workdir.read_metrics(self.folder))
+        if not dist_util.gather(known)[0]:
+            self.save()
+            value = self.score(trained, self.stop.poll)
+            if dist_util.rank() == 0:
+                line = {"step": done, self.score.name: value, "images_scored": config.train.fid_num, "seconds": self.seconds()}
+                workdir.append_metrics(self.folder, line)
+                self.shown[self.score.name] = f"{value:.4f}"
+                self.bar.set_postfix(self.shown)
+
+    def give_up(self, what):
+        held = checkpoint.latest_checkpoint(self.folder)
+        again = f"a new run from the last good checkpoint, --resume {held} --workdir NEW, with" if held else "again with"
+        raise UserError(f"{what}, up to step {self.state.step}: look at the data, or begin {again} a lower --lr")
+
+
+def load_data(plan, flags):
+    """(configuration, images, their fingerprint) of a Plan, on all ranks; the configuration with what was found."""
+    config = workdir.fit_to_ranks(plan, flags)
+    may_download = plan.saved is None or "data_path" in flags  # else it may be looking where the run did not
+    images = dist_util.agree(lambda: dataset.load(config.data, may_download))
+    fingerprint = dist_util.gather(dist_util.on_first_rank(lambda: workdir.check_data(images, plan)))[0]
+    names, counts = dataset.check_classes(images, config.network.label_dim)
+    if isinstance(images, dataset.ImageFiles):
+        for line in images.conversions():
+            misc.log(line)
+    return config.replace("data", class_names=names, class_counts=counts), images, fingerprint
+
+
+def make_state(plan, config, images, fingerprint, device):
+    """The TrainingState that a run begins with or goes on from."""
+    teacher = plan.teacher
+    if plan.saved:
+        mean = plan.saved.mean.to(device)
     elif teacher and teacher.knows_mean:
         mean = teacher.mean
     else:
-        mean = misc.data_mean(dataset, config.data.centered).to(device)
+        mean = dataset.data_mean(images, config.data.centered, num_workers=config.data.num_workers).to(device)
+    torch.manual_seed(config.train.seed)
+    model = checkpoint.build_model(config).to(device).train()
     if teacher:
         teacher.mean = mean
         network.start_from_teacher(model.net, teacher.model.net)
-    ema = misc.EMA(model, cfg.ema_decay)
-    optim = torch.optim.RAdam(model.parameters(), lr=cfg.lr)
-    window, skipped, in_a_row = Window(device), 0, 0
-    if saved:
-        misc.load_weights(model.net, saved["model"], plan.path)
-        misc.load_weights(ema.module.net, saved["ema"], plan.path)
-        misc.load_optimizer(optim, saved["optim"], plan.path)
-        window.restore(saved["run"]["window"])
-        skipped = saved["run"]["skipped"]
-        misc.log(f"continuing {plan.path} at step {start} of {cfg.train_steps}")
-    plan = dataclasses.replace(plan, config=config)
-    if start == cfg.train_steps:
-        objective = None
-    elif not teacher:
-        objective = Denoising(model, config)
-    elif config.distil.objective == "trajectory":
-        objective = Trajectory(model, config, teacher, distance, device, start)
-    else:
-        objective = Semigroup(model, config, teacher, distance, device, ema)
-    anew = run.fresh and not saved
-    lock = dist_util.on_first_rank(lambda: prepare_workdir(plan, anew, run.keep, agents))  # noqa: F841 (held until the end)
-    if isinstance(objective, Trajectory):
-        objective.fill_bank()
-    data = misc.batches(dataset, config.data, cfg, start)
-    parameters = list(model.parameters())
-    generator = torch.Generator(device)
-    shown, last_saved = {}, start if in_place else None
-    asked, owed = None, False  # a signal to stop, and a checkpoint: both wait for a step that is not skipped
-
-    def record(line):
-        if rank == 0:
-            try:
-                with open(workdir / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
-
-    def give_up(what, done):
-        held = misc.latest_checkpoint(workdir)
-        again = f"a new run from the last good checkpoint, --resume {held} --workdir NEW, with" if held else "again with"
-        raise UserError(f"{what}, up to step {done}: look at the data, or begin {again} a lower --lr")
-
-    def save(done):
-        nonlocal last_saved
-        if done != last_saved and (not in_a_row or done == cfg.train_steps):  # else it is not known to be good
-            finite = all(x.isfinite().all() for net in (model, ema.module) for x in net.state_dict().values())
-            if not all(dist_util.gather(finite)):
-                give_up("the weights are not finite", done)
-            kept = {"ranks": world, "bsz": cfg.bsz, "images": len(dataset), "data": data_hash, "skipped": skipped}
-            kept |= {"origin": plan.origin, "teacher": plan.teacher_hash, "window": window.content()}
-            state = (model, ema, optim, done, config, mean.cpu(), kept)
-            dist_util.on_first_rank(lambda: misc.save_checkpoint(workdir, *state, run.keep))
-            last_saved = done
-
-    def draw_round(step, r):
-        images, labels = next(data)  # before seeding, since a loader that starts its workers draws a number itself
-        seed_round(generator, cfg.seed, step, r)
-        x0 = misc.to_model(images.to(device, non_blocking=True), config.data.centered)
-        return x0, misc.one_hot(labels.to(device), config.network.label_dim), generator
-
-    def due(done, freq):
-        return freq and done and (done % freq == 0 or done == cfg.train_steps)
-
-    def draw_and_score(done):
-        """What follows some steps; after a run was stopped here, what is missing of it."""
-        if due(done, cfg.sampling_freq):
-            picture = workdir / "samples" / f"{done:06d}.png"
-            fresh = done > start or not picture.exists()
-            dist_util.on_first_rank(lambda: fresh and draw_samples(picture, preview(ema.module, config, mean)))
-        if score and due(done, cfg.fid_freq) and (done > start or not dist_util.gather(score.is_recorded(workdir, done))[0]):
-            save(done)
-            value = score(preview(ema.module, config, mean), stop.poll)
-            if rank == 0:
-                record({"step": done, score.name: value, "images": cfg.fid_num})
-                shown[score.name] = f"{value:.4f}"
-                bar.set_postfix(shown)
-
-    images = cfg.train_steps * cfg.global_bsz
-    with dist_util.StopSignals() as stop, misc.progress(images, config.task.mode, initial=start * cfg.global_bsz) as bar:
-        if in_place:
-            draw_and_score(start)
-        clock = Stopwatch(cfg.global_bsz)
-        for step in range(start, cfg.train_steps):
-            if teacher:
-                objective.start_step(step)
-            optim.zero_grad(set_to_none=True)
-            logs, stopping, finite = accumulate(model, objective, lambda r: draw_round(step, r), rounds, stop.votes())
-            logs["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if finite and math.isfinite(logs["grad_norm"]):
-                for group in optim.param_groups:
-                    group["lr"] = learning_rate(step, cfg)
-                optim.step()
-                ema.update(model, step)
-                window.add(logs)
-                in_a_row = 0
-            else:  # equally on all ranks, whose gradients are the same
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                shown["skipped"] = skipped
-                window.skipped += 1
-                if in_a_row == min(SKIPPED_IN_A_ROW, cfg.train_steps - (plan.origin["step"] if plan.origin else 0)):
-                    give_up(f"no finite loss or gradient in {in_a_row} steps", step + 1)
-
-            done = step + 1
-            bar.update(cfg.global_bsz)
-            clock.steps += 1
-            if done % cfg.log_freq == 0 or done == cfg.train_steps:
-                line = {"step": done, **window.means(), "lr": learning_rate(step, cfg), "images_per_s": clock.rate()}
-                record(line)
-                if "loss" in line:
-                    shown["loss"] = f"{line['loss']:.4g}"
-                bar.set_postfix(shown)
-                window, clock = Window(device), Stopwatch(cfg.global_bsz)
-            with clock.paused():  # images/s is that of training
-                asked, owed = asked or stopping, owed or due(done, cfg.dump_freq)
-                if (asked or owed) and not in_a_row:
-                    save(done)
-                    owed = False
-                    if asked:
-                        raise Stopped(asked)
-                draw_and_score(done)
-                if done == cfg.train_steps:
-                    save(done)
-    if rank == 0:
-        print(workdir / f"DDPMpp-{cfg.train_steps:06d}.pth", flush=True)
-        draw_loss_curve(workdir)
+    state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file)
+    if plan.saved:
+        state.restore(plan.saved)
+        misc.log(f"continuing {plan.saved.path} at step {plan.start} of {config.train.train_steps}")
+    return state
 
 
 def main():
     run, flags = defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling"], description=__doc__)
     with dist_util.session() as device:
-        train(run, flags, device)
+        Training(run, flags, device).run()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import dataset  # noqa: E402
+import defaults  # noqa: E402
+import fid  # noqa: E402
 import inception  # noqa: E402
 import misc  # noqa: E402
 
@@ -52,14 +55,14 @@ def frechet(options):
     def sample():
         x = rng.standard_normal((10000, d)) * (1 + np.arange(d)) ** -0.5
         x = x @ np.linalg.qr(rng.standard_normal((d, d)))[0] + 0.1 * rng.standard_normal(d)
-        return misc.Statistics(x.mean(0), np.cov(x.T), {})
+        return fid.Statistics(x.mean(0), np.cov(x.T), {})
 
     def by_root():
         root = scipy.linalg.sqrtm(a.sigma @ b.sigma)
         return float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.trace(root).real)
 
     a, b = sample(), sample()
-    found = compare(options.repeats, ours=lambda: misc.frechet_distance(a, b), sqrtm=by_root)
+    found = compare(options.repeats, ours=lambda: fid.frechet_distance(a, b), sqrtm=by_root)
     (ours, value), (theirs, expected) = found["ours"], found["sqrtm"]
     print(
         f"| Fréchet distance, 2,048 dimensions | {ours:.2f} s, sqrtm {theirs:.2f} s: {theirs / ours:.1f} times faster; ", end=""
@@ -102,9 +105,7 @@ def features(options):
 
 
 def write_mnist(folder, data_path):
-    import defaults
-
-    images = misc.load_data(defaults.resolve({"data_name": "mnist", "data_path": data_path}).data).images
+    images = dataset.load(defaults.resolve({"data_name": "mnist", "data_path": data_path}).data).images
     with misc.progress(len(images), "writing PNG files") as bar:
         for i, image in enumerate(images):
             misc.picture(image).save(folder / f"{i:06d}.png")
@@ -117,7 +118,7 @@ def timed(folder):
 
     with dist_util.session() as device:
         dist_util.gather(None)
-        spent, found = seconds(lambda: misc.measure(misc.ImageFiles(folder), misc.Pixels(device)))
+        spent, found = seconds(lambda: fid.measure(dataset.ImageFiles(folder), fid.Pixels(device)))
         if dist_util.rank() == 0:
             print(json.dumps([spent, float(np.trace(found.sigma)), found.metadata["n"]]))
 

@@ -89,7 +89,17 @@ def _context():
         os.environ.update(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
         try:
             context.set_forkserver_preload(
-                ["train", "eval", "fid", "teaser", "compare", "processes", "torchvision.utils", "matplotlib.pyplot"]
+                [
+                    "train",
+                    "eval",
+                    "fid",
+                    "teaser",
+                    "compare",
+                    "processes",
+                    "torchvision.utils",
+                    "matplotlib.figure",
+                    "matplotlib.backends.backend_agg",
+                ]
             )
             from multiprocessing.forkserver import ensure_running
 

@@ -1,5 +1,7 @@
 """Bad input of every kind: one line that says what is wrong, exit status 2, nothing written; on one rank and on two."""
 
+import dist_util
+
 import os
 import pickle
 import shutil
@@ -14,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-import dist_util
 from conftest import TINY_NETWORK
 from processes import Job
 
@@ -57,14 +58,14 @@ def checkpoint(change):
     return make
 
 
-def workdir(change):
-    """A workdir `ode` whose last checkpoint is changed."""
+def workdir(change, name="ode"):
+    """A workdir whose last checkpoint is changed."""
 
     def make(p, models):
-        copy("ode")(p, models)
-        content = torch.load(models / "ode" / "DDPMpp-000004.pth", weights_only=True)
+        copy(name)(p, models)
+        content = torch.load(models / name / "DDPMpp-000004.pth", weights_only=True)
         change(content)
-        torch.save(content, p / "ode" / "DDPMpp-000004.pth")
+        torch.save(content, p / name / "DDPMpp-000004.pth")
 
     return make
 
@@ -196,7 +197,7 @@ CASES = [
     (nothing, "train.py --train_eps0 1e-300", "--train_eps0 is 1e-300"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --bank_size 16777216 --num_steps 4096", "the bank of stage 2 takes"),
     (nothing, "train.py --num_steps 65536", "--num_steps is 65536: it must be from 1 to 4096"),
-    (copy("ode"), "teaser.py --checkpoint ode/latest.pth --start_seed 9223372036854775807", "each below 2^63"),
+    (copy("ode"), "teaser.py --checkpoint ode/latest.pth --start_seed 9223372036854775807", "each below 2^32"),
     (copy("ode"), "teaser.py --checkpoint ode/latest.pth --nsampling 99999999", "--nsampling is 99999999"),
     (nothing, "train.py --lr nan", "--lr is nan"),
     (nothing, "train.py --lr inf", "--lr is inf"),
@@ -232,7 +233,7 @@ CASES = [
     (nothing, "eval.py --workdir x", "--checkpoint is missing"),
     (nothing, "eval.py --checkpoint x --workdir x --start_seed 5 --end_seed 1", "--start_seed 5 --end_seed 1"),
     (nothing, "eval.py --checkpoint x --workdir x --start_seed -5", "seeds run from 0"),
-    (nothing, "eval.py --checkpoint x --workdir x --end_seed 9223372036854775808", "each below 2^63"),
+    (nothing, "eval.py --checkpoint x --workdir x --end_seed 9223372036854775808", "each below 2^32"),
     (nothing, "eval.py --checkpoint x --workdir x --end_seed 10000000", "at most 10000000 seeds"),
     (nothing, "eval.py --churn perhaps", "neither True nor False"),
     (nothing, "eval.py --num_steps 1.5", "invalid int value: '1.5'"),
@@ -318,7 +319,9 @@ CASES = [
     (copy("ode"), f"{RUN} --workdir ode --fresh", "--workdir ode holds a run, which --fresh would overwrite"),
     (copy("ode"), f"{RUN} --workdir ode --resume ode/DDPMpp-000002.pth", "--workdir ode goes on from its last checkpoint"),
     (both(copy("ode"), checkpoint(lambda content: None)), f"{RUN} --workdir ode --resume x.pth", "did not begin from x.pth"),
-    (copy("flow"), f"{RUN} --resume flow/latest.pth {OUT}", "--teacher is missing"),
+    (copy("flow"), f"{RUN} --resume flow/latest.pth {OUT}", "is at step 4 already"),
+    (workdir(set_key("run", "teacher", {"path": "/gone.pth", "sha256": "0" * 64}), "flow"), "train.py --workdir flow",
+     "the teacher of flow/DDPMpp-000004.pth is no longer at /gone.pth: say where it is with --teacher"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth --resume ode/latest.pth", "--resume ode/latest.pth is a denoiser; stage 2"),
     (both(copy("ode"), put("ode/DDPMpp-000004.pth", "")), f"{RUN} --workdir ode --train_steps 9",
      "or it is damaged: remove it and ode/latest.pth to continue from the checkpoint before it"),
@@ -374,7 +377,7 @@ CASES = [
     (statistics(mu=np.zeros(3), sigma=np.eye(3)), NPZ, "the reference has 2 features and the images 3"),
     (both(statistics(), put("x.npz", "hello")), NPZ, "not a statistics file"),
     (nothing, "fid.py --ref_path nowhere.npz --stat_path b.npz", "there is no file nowhere.npz"),
-    (both(copy("ode"), put("out/eval.json", "{}")), f"{ODE} --end_seed 1", "eval.json is damaged"),
+    (both(copy("ode"), put("out/eval.json", "{}"), put("out/000000.png", png())), f"{ODE} --end_seed 1", "eval.json is damaged"),
 ]  # fmt: skip  # noqa: E501
 
 

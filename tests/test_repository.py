@@ -1,5 +1,7 @@
 """What the repository promises as a whole: its layers, its README, its command lines, its settings."""
 
+from dist_util import UserError
+
 import ast
 import dataclasses
 import importlib
@@ -16,13 +18,21 @@ from hypothesis import strategies as st
 
 import defaults
 from conftest import ROOT, launch
-from dist_util import UserError
 
 SCRIPTS = ("train", "eval", "fid", "teaser", "compare")
+GROUND = {"misc", "network", "defaults", "sde", "inception", "lpips", "dist_util"}
 MAY_IMPORT = {
     # imports point down
-    **dict.fromkeys(SCRIPTS, {"misc", "network", "inception", "lpips", "defaults", "sde", "dist_util"}),
-    "misc": {"network", "inception", "lpips", "defaults", "sde", "dist_util"},
+    "train": {"workdir", "fid", "generator", "dataset", "checkpoint", *GROUND},
+    "eval": {"generator", *GROUND},
+    "teaser": {"generator", "dataset", *GROUND},
+    "compare": {"fid", "generator", "dataset", *GROUND},
+    "fid": {"generator", "dataset", *GROUND},  # a script, and a library for train and compare
+    "workdir": {"generator", "checkpoint", *GROUND},
+    "generator": {"dataset", "checkpoint", *GROUND},
+    "dataset": GROUND,
+    "checkpoint": GROUND,
+    "misc": {"dist_util"},
     "network": {"sde"},
     "defaults": {"dist_util"},
     **dict.fromkeys(("sde", "dist_util", "inception", "lpips"), set()),
@@ -102,8 +112,9 @@ def test_help_explains_every_flag(script):
     sections = [module.Run] + [defaults.SECTIONS[name] for name in sections_of(module)]
     for section in sections:
         for f in dataclasses.fields(section):
-            assert f"--{f.name}" in text and f.metadata["help"]
-    assert text.count("(default:") >= sum(len(dataclasses.fields(s)) for s in sections) - 3  # names hidden by the script's own
+            assert f.metadata["help"] and (f"--{f.name}" in text or not f.metadata["flag"])
+    flags = [f for section in sections for f in dataclasses.fields(section) if f.metadata["flag"]]
+    assert text.count("(default:") >= len(flags) - 3  # names hidden by the script's own
 
 
 def test_no_python_of_ours_is_ignored_by_git_and_no_data_is_tracked():
@@ -150,7 +161,7 @@ def test_presets_of_mnist_and_cifar_are_the_reference_recipe():
             200,
             2000,
         )
-        assert (config.sampling.num_steps, config.distil.teacher_steps) == (20, 19)
+        assert (config.distil.grid_steps, config.distil.teacher_steps, config.sampling.num_steps) == (20, 19, 1)
 
 
 def parsed(*argv):
@@ -201,23 +212,23 @@ def test_unknown_or_wrong_configurations_are_fatal(change, message):
 
 # --------------------------------------------------------------------- properties of settings, for whatever hypothesis finds
 
-SETTINGS = [f for section in defaults.SECTIONS.values() for f in dataclasses.fields(section)]
+SETTINGS = [f for section in defaults.SECTIONS.values() for f in dataclasses.fields(section) if f.metadata["flag"]]
 
 
 def values(f):
     """Values of a setting that are allowed by themselves."""
     if f.metadata["choices"]:
-        return st.sampled_from(f.metadata["choices"])
+        return st.sampled_from(defaults.choices(f))
     if f.type is bool:
         return st.booleans()
     if f.type is str:
         return st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: not text.startswith("-"))
     if typing.get_origin(f.type) is tuple:
         return st.lists(st.integers(1, 64), min_size=f.name == "channel_mult", max_size=4).map(tuple)
-    if f.name in defaults.BETWEEN:
-        low, high = defaults.BETWEEN[f.name]
+    if f.metadata["between"]:
+        low, high = f.metadata["between"]
         return st.floats(low, high, exclude_min=True, exclude_max=True, allow_nan=False)
-    low, high = defaults.LIMITS[f.name]
+    low, high = f.metadata["least"], f.metadata["most"]
     return st.integers(low, high) if f.type is int else st.floats(low, high, allow_nan=False)
 
 

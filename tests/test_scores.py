@@ -1,5 +1,7 @@
 """Sets of images, their statistics, and the scores between them."""
 
+from dist_util import UserError
+
 import csv
 import hashlib
 import json
@@ -12,11 +14,11 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+import dataset
 import fid
 import inception
 import misc
 from conftest import golden_images, launch, run
-from dist_util import UserError
 
 CPU = torch.device("cpu")
 
@@ -26,7 +28,7 @@ def images(n=37, shape=(1, 6, 5), seed=0):
 
 
 def in_memory(batch):
-    return misc.MemoryImages(batch, torch.zeros(len(batch)))
+    return dataset.MemoryImages(batch, torch.zeros(len(batch)))
 
 
 def write_folder(folder, batch, classes=None):
@@ -43,11 +45,11 @@ def covariance(rng, d, rank=None):
 
 
 def gaussian(mu, sigma):
-    return misc.Statistics(mu, sigma, {})
+    return fid.Statistics(mu, sigma, {})
 
 
 def distance(mu1, sigma1, mu2, sigma2):
-    return misc.frechet_distance(gaussian(mu1, sigma1), gaussian(mu2, sigma2))
+    return fid.frechet_distance(gaussian(mu1, sigma1), gaussian(mu2, sigma2))
 
 
 # ------------------------------------------------------------------------------------------------- sets of images
@@ -61,10 +63,10 @@ def test_flat_class_and_nested_folders_zips_and_arrays_hold_the_same_images(tmp_
     np.savez(tmp_path / "stored.npz", arr_0=batch.permute(0, 2, 3, 1).numpy())
     np.savez_compressed(tmp_path / "packed.npz", batch.permute(0, 2, 3, 1).numpy(), np.zeros(8))  # guided-diffusion: labels too
     paths = (flat, classes, tmp_path / "nested", archive, tmp_path / "stored.npz", tmp_path / "packed.npz")
-    sets = [misc.open_images(p)[0] for p in paths]
+    sets = [dataset.open_images(p)[0] for p in paths]
     for one in sets:
         assert one.shape == (3, 4, 4)
-        assert torch.equal(one.__getitems__(list(range(8)))[0].long().sum(0), batch.long().sum(0))
+        assert torch.equal(one.batch(list(range(8)))[0].long().sum(0), batch.long().sum(0))
     assert sets[0].labels.tolist() == [0] * 8
     assert sets[1].labels.tolist() == sets[3].labels.tolist() == [0] * 3 + [1] * 3 + [2] * 2
 
@@ -73,7 +75,7 @@ def test_an_array_of_images_stays_on_the_disk(tmp_path, monkeypatch):
     batch = images(2000, (3, 32, 32)).permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "a.npz", batch)
     monkeypatch.setattr(np, "load", None)  # which would read it all
-    picked = misc.load_array(tmp_path / "a.npz").__getitems__([3, 1999])[0]
+    picked = dataset.load_array(tmp_path / "a.npz").batch([3, 1999])[0]
     assert np.array_equal(picked.permute(0, 2, 3, 1).numpy(), batch[[3, 1999]])
 
 
@@ -91,7 +93,7 @@ def test_pictures_are_converted_without_loss(tmp_path):
     }  # fmt: skip
     for name, (picture, expected) in cases.items():
         picture.save(tmp_path / f"{name}.png")
-        found = misc.decode((tmp_path / f"{name}.png").read_bytes())
+        found = dataset.decode((tmp_path / f"{name}.png").read_bytes())
         assert found.mode == expected.mode and found.tobytes() == expected.tobytes(), name
 
 
@@ -111,13 +113,13 @@ def rgb16():
 def test_only_the_documented_formats_are_decoded(tmp_path):
     Image.new("RGB", (5, 6)).save(tmp_path / "x.png", format="TIFF")
     with pytest.raises(OSError, match="cannot identify"):
-        misc.decode((tmp_path / "x.png").read_bytes())
+        dataset.decode((tmp_path / "x.png").read_bytes())
 
 
 def test_a_link_that_leads_back_does_not_repeat_images(tmp_path):
     write_folder(tmp_path / "a", images(4), classes=2)
     (tmp_path / "a" / "class0" / "again").symlink_to(tmp_path / "a")
-    assert len(misc.ImageFiles(tmp_path / "a")) == 4
+    assert len(dataset.ImageFiles(tmp_path / "a")) == 4
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_a_link_that_leads_back_does_not_repeat_images(tmp_path):
 def test_pictures_that_would_lose_something_are_refused(tmp_path, write, message):
     write(tmp_path / "x.png")
     with pytest.raises(ValueError, match=message):
-        misc.decode((tmp_path / "x.png").read_bytes())
+        dataset.decode((tmp_path / "x.png").read_bytes())
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -149,7 +151,7 @@ def test_statistics_on_any_number_of_ranks_are_those_of_numpy(tmp_path, ranks, n
     folder = write_folder(tmp_path / "images", batch, classes=2)
     where = ["--mode", "gen", "--img_folder", folder, "--dest", tmp_path / "s.npz"]
     run("fid.py", *where, "--metrics", "fid,kid", ranks=ranks)
-    found = misc.read_statistics(tmp_path / "s.npz", features=True)
+    found = fid.read_statistics(tmp_path / "s.npz", features=True)
     order = sorted(range(n), key=lambda i: (i % 2, i))  # class folders one after the other
     x = batch[order].flatten(1).numpy() / 255
     assert found.mu.dtype == found.sigma.dtype == np.float64
@@ -160,10 +162,10 @@ def test_statistics_on_any_number_of_ranks_are_those_of_numpy(tmp_path, ranks, n
 
 
 def test_pixel_statistics_do_not_depend_on_the_batch_size(monkeypatch):
-    expected = misc.measure(in_memory(images(600)), misc.Pixels(CPU))
+    expected = fid.measure(in_memory(images(600)), fid.Pixels(CPU))
     for size in (1, 7, 256):
-        monkeypatch.setattr(misc, "BATCH", size)
-        found = misc.measure(in_memory(images(600)), misc.Pixels(CPU))
+        monkeypatch.setattr(fid, "BATCH", size)
+        found = fid.measure(in_memory(images(600)), fid.Pixels(CPU))
         assert np.array_equal(found.mu, expected.mu) and np.array_equal(found.sigma, expected.sigma)
 
 
@@ -172,18 +174,18 @@ def test_pixel_sums_are_exact_where_float32_is_at_its_limit():
     batch = torch.full((512, 1, 2, 2), 255, dtype=torch.uint8)
     batch[0] = 254
     x = batch.flatten(1).double().numpy() / 255
-    np.testing.assert_allclose(misc.measure(in_memory(batch), misc.Pixels(CPU)).sigma, np.cov(x.T), rtol=1e-9)
+    np.testing.assert_allclose(fid.measure(in_memory(batch), fid.Pixels(CPU)).sigma, np.cov(x.T), rtol=1e-9)
 
 
 @pytest.fixture(scope="module")
 def extract(weights):
-    return misc.Inception(CPU, weights["inception"], "0" * 64)
+    return fid.Inception(CPU, weights["inception"], "0" * 64)
 
 
 def test_inception_statistics_are_those_of_the_features_in_any_batches(extract, monkeypatch):
     batch = golden_images("statistics", (6, 3, 32, 32))
-    monkeypatch.setattr(misc, "BATCH", 4)
-    found = misc.measure(in_memory(batch), extract, keep=True)
+    monkeypatch.setattr(fid, "BATCH", 4)
+    found = fid.measure(in_memory(batch), extract, keep=True)
     x = torch.cat([extract(image[None]) for image in batch]).double().numpy()
     np.testing.assert_allclose(found.mu, x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(found.sigma, np.cov(x.T), rtol=1e-4, atol=1e-5)
@@ -193,19 +195,19 @@ def test_inception_statistics_are_those_of_the_features_in_any_batches(extract, 
 
 def test_inception_scores_do_not_depend_on_the_ranks_and_are_finite_for_few_images(tmp_path, weights):
     sets = {"one": golden_images("one", (3, 3, 32, 32)), "other": golden_images("other", (2, 3, 32, 32))}
-    extract = misc.Inception(CPU, weights["inception"], "")
-    one, other = (misc.measure(in_memory(batch), extract) for batch in sets.values())
+    extract = fid.Inception(CPU, weights["inception"], "")
+    one, other = (fid.measure(in_memory(batch), extract) for batch in sets.values())
     folders = {name: write_folder(tmp_path / name, batch) for name, batch in sets.items()}
     shared = ["--inception_weights", weights["inception"]]
     run("fid.py", "--mode", "gen", "--img_folder", folders["one"], "--dest", tmp_path / "one.npz", *shared, ranks=2)
-    two = misc.read_statistics(tmp_path / "one.npz")
+    two = fid.read_statistics(tmp_path / "one.npz")
     np.testing.assert_allclose(two.mu, one.mu, rtol=1e-5)
     np.testing.assert_allclose(two.sigma, one.sigma, rtol=1e-4, atol=1e-5)
     assert two.metadata["weights"] == misc.file_hash(weights["inception"]) and two.metadata["features"] == "inception"
     done = run("fid.py", "--ref_path", tmp_path / "one.npz", "--img_folder", folders["other"], *shared)
     assert "2 images (images) for 2,048 features" in done.stderr and "3 images (reference)" in done.stderr
     assert "not the published file" in done.stderr
-    assert float(done.stdout) == pytest.approx(misc.frechet_distance(one, other), rel=1e-3)
+    assert float(done.stdout) == pytest.approx(fid.frechet_distance(one, other), rel=1e-3)
 
 
 def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
@@ -214,21 +216,21 @@ def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
         where = ["--mode", "gen", "--img_folder", folder, "--dest", tmp_path / f"{ranks}.npz"]
         # Without `--` torchrun takes --num for an abbreviation of a flag of its own.
         launch("--", "fid.py", *where, "--num", "20", "--seed", "3", "--metrics", "pr", ranks=ranks)
-    one, two = (misc.read_statistics(tmp_path / f"{ranks}.npz", features=True) for ranks in (1, 2))
+    one, two = (fid.read_statistics(tmp_path / f"{ranks}.npz", features=True) for ranks in (1, 2))
     assert np.array_equal(one.sigma, two.sigma) and torch.equal(one.features, two.features)
     assert one.metadata["n"] == 20 and one.metadata["subset"] == {"of": 37, "seed": 3}
     rows = {tuple(x) for x in (images().flatten(1) / 255).tolist()}
     chosen = {tuple(x) for x in one.features.tolist()}
     assert len(chosen) == 20 and chosen <= rows
-    assert misc.subset(37, 20, 3) != misc.subset(37, 20, 4)
-    assert len(set(misc.subset(2**31, 20, 3))) == 20  # without a list of them all
+    assert fid.subset(37, 20, 3) != fid.subset(37, 20, 4)
+    assert len(set(fid.subset(2**31, 20, 3))) == 20  # without a list of them all
 
 
 def test_statistics_files_of_other_tools_are_read(tmp_path):
     rng = np.random.default_rng(0)
     mu, sigma = rng.standard_normal(4), covariance(rng, 4)
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
-    found = misc.read_statistics(tmp_path / "theirs.npz")
+    found = fid.read_statistics(tmp_path / "theirs.npz")
     assert np.array_equal(found.mu, mu) and np.array_equal(found.sigma, sigma) and found.metadata == {}
 
 
@@ -255,7 +257,7 @@ def test_statistics_files_of_other_tools_are_read(tmp_path):
 def test_damaged_statistics_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        misc.read_statistics(tmp_path / "x.npz", features=True)
+        fid.read_statistics(tmp_path / "x.npz", features=True)
 
 
 # ------------------------------------------------------------------------------------------------------ distance
@@ -426,34 +428,34 @@ def described(**change):
     "change", [{"features": "pixels"}, {"weights": "b"}, {"image": [3, 64, 64]}, {"preprocessing": "x"}, {"precision": "half"}]
 )
 def test_statistics_made_differently_are_not_compared_unless_forced(change, capsys):
-    reference = misc.Statistics(np.zeros(4), np.eye(4), described(preprocessing="y"))
+    reference = fid.Statistics(np.zeros(4), np.eye(4), described(preprocessing="y"))
     other = described(preprocessing="y") | change
     with pytest.raises(UserError, match=f"{next(iter(change))}.*--force"):
-        misc.check_comparable(reference, 4, other)
-    misc.check_comparable(reference, 4, other, force=True)
+        fid.check_comparable(reference, 4, other)
+    fid.check_comparable(reference, 4, other, force=True)
     assert "warning: comparing what differs" in capsys.readouterr().err
     with pytest.raises(UserError, match="has 4 features and the images 5"):
-        misc.check_comparable(reference, 5, other, force=True)
+        fid.check_comparable(reference, 5, other, force=True)
 
 
 def test_the_number_of_images_may_differ_and_silence_is_warned_of(capsys):
-    reference = misc.Statistics(np.zeros(4), np.eye(4), described())
-    misc.check_comparable(reference, 4, described(n=3000))
+    reference = fid.Statistics(np.zeros(4), np.eye(4), described())
+    fid.check_comparable(reference, 4, described(n=3000))
     assert capsys.readouterr().err == ""
-    misc.check_comparable(reference, 4, {})
+    fid.check_comparable(reference, 4, {})
     assert "statistics of the images do not say how they were made" in capsys.readouterr().err
-    misc.check_comparable(reference, 4, described(n=100))
+    fid.check_comparable(reference, 4, described(n=100))
     assert "100 images (images) for 2,048 features" in capsys.readouterr().err
 
 
 def test_features_follow_the_data_and_the_reference():
     ours, theirs = gaussian(np.zeros(4), np.eye(4)), gaussian(np.zeros(2048), np.eye(1))
     ours.metadata = {"features": "pixels"}
-    chosen = [misc.choose_features("auto", channels) for channels in (1, 3)]
-    assert chosen == ["pixels", "inception"] and misc.choose_features("pixels", 3) == "pixels"
-    assert misc.choose_features("auto", 3, ours) == "pixels" and misc.choose_features("auto", 1, theirs) == "inception"
+    chosen = [fid.choose_features("auto", channels) for channels in (1, 3)]
+    assert chosen == ["pixels", "inception"] and fid.choose_features("pixels", 3) == "pixels"
+    assert fid.choose_features("auto", 3, ours) == "pixels" and fid.choose_features("auto", 1, theirs) == "inception"
     with pytest.raises(UserError, match="--features is inception, but the reference holds pixels"):
-        misc.choose_features("inception", 3, ours)
+        fid.choose_features("inception", 3, ours)
 
 
 # ------------------------------------------------------------------------------------------------- weights files
@@ -516,10 +518,10 @@ def test_a_file_of_the_users_own_name_promises_no_hash(monkeypatch, tmp_path):
 
 def test_foreign_weights_are_refused(weights, tmp_path):
     with pytest.raises(UserError, match="does not hold the weights of FID's InceptionV3.*Conv2d_1a"):
-        misc.Inception(CPU, weights["vgg"], "")
+        fid.Inception(CPU, weights["vgg"], "")
     (tmp_path / "x.pth").write_bytes(b"no pickle")
     with pytest.raises(UserError, match="does not hold the weights"):
-        misc.Inception(CPU, tmp_path / "x.pth", "")
+        fid.Inception(CPU, tmp_path / "x.pth", "")
 
 
 # ------------------------------------------------------------------------------------------------------ fid.py
@@ -559,7 +561,7 @@ def test_a_row_tells_a_subset_and_a_forced_comparison(tmp_path):
 
 def test_reference_statistics_of_the_digits(tmp_path):
     run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "d.npz")
-    found = misc.read_statistics(tmp_path / "d.npz")
+    found = fid.read_statistics(tmp_path / "d.npz")
     assert found.metadata["n"] == 1797 and len(found.mu) == 64
     assert np.trace(found.sigma) == pytest.approx(4.69, abs=0.01)
     assert (np.diag(found.sigma) == 0).sum() == 3  # pixels that are always empty
@@ -574,7 +576,7 @@ def test_several_scores_are_printed_by_name(tmp_path):
     first = run(*shared, "--stat_path", tmp_path / "b.npz").stdout
     second = run(*shared, "--img_folder", tmp_path / "b", ranks=2).stdout
     x, y = (images(seed=seed).flatten(1) / 255 for seed in (0, 1))
-    expected = [misc.frechet_distance(*(misc.read_statistics(tmp_path / f"{name}.npz") for name in "ab"))]
+    expected = [fid.frechet_distance(*(fid.read_statistics(tmp_path / f"{name}.npz") for name in "ab"))]
     expected += [*fid.kid(x, y), *fid.precision_recall(x, y)]
     names = ("fid", "kid", "kid_stderr", "precision", "recall")
     assert first == second == "".join(f"{name} {value:.4f}\n" for name, value in zip(names, expected))
@@ -590,7 +592,7 @@ def test_images_straight_from_the_model_have_the_statistics_of_its_files(trained
     run("eval.py", *model, "--workdir", tmp_path / "images", ranks=ranks)
     run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "images", "--dest", tmp_path / "files.npz", ranks=ranks)
     run("fid.py", "--mode", "gen", *model, "--dest", tmp_path / "straight.npz", ranks=ranks)
-    files, straight = (misc.read_statistics(tmp_path / f"{name}.npz") for name in ("files", "straight"))
+    files, straight = (fid.read_statistics(tmp_path / f"{name}.npz") for name in ("files", "straight"))
     assert np.array_equal(files.mu, straight.mu) and np.array_equal(files.sigma, straight.sigma)
     assert files.metadata["made_by"] == straight.metadata["made_by"] and straight.metadata["n"] == 11
     assert sorted(p.name for p in tmp_path.iterdir()) == ["files.npz", "images", "straight.npz"]
@@ -637,7 +639,6 @@ BAD_SETS = {
     "empty": (lambda p: p.mkdir(), "no images in"),
     "empty but for others": (lambda p: [p.mkdir(), (p / "a.txt").touch()], "among 1 files, such as a.txt"),
     "one image": (lambda p: write_folder(p, images(1)), "1 image: a covariance needs two or more"),
-    "stray file": (bad_image(lambda p: p.touch(), "notes.txt"), "holds 5 images and 1 other files, such as notes.txt"),
     "sizes": (bad_image(lambda p: misc.write_png(p, images(1, (1, 4, 4))[0])), "among the 6 in"),
     "turned": (bad_image(lambda p: misc.write_png(p, images(1, (1, 5, 6))[0])), "000000.png is 6x5x1, z.png is 5x6x1"),
     "grey and colour": (bad_image(lambda p: misc.write_png(p, images(1, (3, 6, 5))[0])), "z.png is 6x5x3"),
@@ -670,13 +671,20 @@ def test_bad_sets_of_images_end_with_one_line(tmp_path, name):
     assert "Traceback" not in done.stderr and not (tmp_path / "s.npz").exists()
 
 
-@pytest.mark.parametrize("name", ["truncated", "sizes", "one image", "stray file", "empty", "16 bits"])
+@pytest.mark.parametrize("name", ["truncated", "sizes", "one image", "empty", "16 bits"])
 def test_bad_sets_end_all_ranks_with_one_line(tmp_path, name):
     """The bad image is the sixth, which the second rank reads, and the first does not."""
     make, message = BAD_SETS[name]
     make(tmp_path / "x")
     done = run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "x", "--dest", tmp_path / "s.npz", ranks=2, expect=2)
     assert done.stderr.count("error: ") == 1 and message in done.stderr and not (tmp_path / "s.npz").exists()
+
+
+def test_a_stray_file_is_passed_over_and_counted(tmp_path):
+    bad_image(lambda p: p.touch(), "notes.txt")(tmp_path / "x")
+    done = run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "x", "--dest", tmp_path / "s", ranks=2)
+    assert done.stderr.count("holds 5 images and 1 other files, such as notes.txt: passed over") == 1
+    assert fid.read_statistics(tmp_path / "s.npz").metadata["n"] == 5
 
 
 def test_errors_in_reading_processes_are_one_line_too(tmp_path):

@@ -1,5 +1,7 @@
 """Runs that are killed, stopped, moved, starved of disk or fed with NaN, and go on."""
 
+import dist_util
+
 import errno
 import json
 import math
@@ -12,14 +14,16 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-import dist_util
-import misc
+import checkpoint
+import dataset
 import train
+import workdir
 from conftest import ROOT, TINY_NETWORK
 from processes import Job, free_port
 
@@ -44,9 +48,9 @@ def command(objective, teacher):
 
 
 def metrics(workdir):
-    """What metrics.jsonl holds, but for the speed."""
+    """What metrics.jsonl holds, but for the speed and the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "seconds")} for line in lines]
 
 
 def assert_equal(a, b, where=""):
@@ -68,7 +72,7 @@ def assert_equal(a, b, where=""):
 
 def assert_same_run(a, b):
     """Weights, optimizer, average, counters and metrics of two workdirs that trained to the end; pictures too."""
-    assert_equal(*(misc.load_checkpoint(workdir / "DDPMpp-000012.pth") for workdir in (a, b)))
+    assert_equal(*(checkpoint.read(workdir / "DDPMpp-000012.pth") for workdir in (a, b)))
     assert metrics(a) == metrics(b) and [line["step"] for line in metrics(a)] == [5, 10, 12]
     names = [sorted(path.name for path in workdir.glob("**/*") if path.name != ".lock") for workdir in (a, b)]
     assert names[0] == names[1]
@@ -77,10 +81,10 @@ def assert_same_run(a, b):
 
 
 def assert_latest_loads(workdir):
-    latest = misc.latest_checkpoint(workdir)
-    assert latest is None or train.load_run(latest)["step"] == int(latest.stem[-6:])
-    for path in misc.checkpoints(workdir):
-        misc.load_checkpoint(path)
+    latest = checkpoint.latest_checkpoint(workdir)
+    assert latest is None or checkpoint.load_run(latest).step == int(latest.stem[-6:])
+    for path in checkpoint.checkpoints(workdir):
+        checkpoint.read(path)
 
 
 FAULTS = {  # where a run is killed, and the calls of it that a run makes
@@ -161,11 +165,11 @@ def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(t
         time.sleep(0.02)
     assert job.wait(20) == [128 + number] * ranks, job.err()
     assert job.err().count(f"stopped by {number.name}; the same command continues") == 1 and "Traceback" not in job.err()
-    step = train.load_run(misc.latest_checkpoint(tmp_path / "run"))["step"]
+    step = checkpoint.load_run(checkpoint.latest_checkpoint(tmp_path / "run")).step
     for name in ("run", "whole"):
         end = [*ENDLESS[2:], "--train_steps", step + 7, "--workdir", tmp_path / name]
         assert Job(tmp_path / f"log.{name}", *shared, *end, ranks=ranks).wait() == [0] * ranks
-    last = [misc.load_checkpoint(tmp_path / name / f"DDPMpp-{step + 7:06d}.pth") for name in ("run", "whole")]
+    last = [checkpoint.read(tmp_path / name / f"DDPMpp-{step + 7:06d}.pth") for name in ("run", "whole")]
     assert_equal(*last)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
@@ -208,7 +212,7 @@ def test_a_signal_to_reading_processes_too_ends_in_a_checkpoint(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 143 and "Traceback" not in err, err
-    assert misc.latest_checkpoint(tmp_path / "run").exists()
+    assert checkpoint.latest_checkpoint(tmp_path / "run").exists()
 
 
 def test_rotation_keeps_what_latest_points_to(tmp_path):
@@ -216,8 +220,8 @@ def test_rotation_keeps_what_latest_points_to(tmp_path):
     for step in (1, 2, 3):
         (tmp_path / f"DDPMpp-{step:06d}.pth").touch()
     (tmp_path / "latest.pth").symlink_to("DDPMpp-000002.pth")
-    misc.remove_old(tmp_path, 1)
-    assert [path.name for path in misc.checkpoints(tmp_path)] == ["DDPMpp-000002.pth", "DDPMpp-000003.pth"]
+    checkpoint.remove_old(tmp_path, 1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["DDPMpp-000002.pth", "DDPMpp-000003.pth"]
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(1, [0]), (2, [1])])
@@ -256,7 +260,7 @@ def test_torchrun_that_is_stopped_leaves_a_checkpoint(tmp_path):
     wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
     agent.send_signal(signal.SIGTERM)
     err = agent.communicate(timeout=25)[1]
-    assert "stopped by SIGTERM" in err and misc.latest_checkpoint(tmp_path / "run").exists(), err
+    assert "stopped by SIGTERM" in err and checkpoint.latest_checkpoint(tmp_path / "run").exists(), err
 
 
 # ------------------------------------------------------------------------------------------------ torchrun's restarts
@@ -379,7 +383,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_saved(tmp_pat
     assert job.wait() == [2] * ranks
     errors = [line for line in job.err().splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "DDPMpp-000009.pth: File too large; choose another place" in errors[0], job.err()
-    assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth" and "Traceback" not in job.err()
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth" and "Traceback" not in job.err()
     assert not list((tmp_path / "run").glob(".*.tmp"))
     for name in ("run", "whole"):
         assert Job(tmp_path / f"log.{name}", *STAGE_1, "--workdir", tmp_path / name, ranks=ranks).wait() == [0] * ranks
@@ -392,7 +396,7 @@ def fill_disk_for_metrics():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return open(path, mode)
 
-    train.open = full
+    workdir.open = full
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -415,8 +419,11 @@ class Poisoned:
     def __init__(self, real, steps, how):
         self.real, self.steps, self.how, self.step = real, steps, how, -1
 
-    def __call__(self, x0, label, generator):
-        loss, logs = self.real(x0, label, generator)
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def __call__(self, *arguments):
+        loss, logs = self.real(*arguments)
         self.step += 1
         if self.step in self.steps and dist_util.rank() == dist_util.world_size() - 1:
             loss = loss * float("nan") if self.how == "loss" else loss + 1e30 * (1e30 * loss)
@@ -426,7 +433,7 @@ class Poisoned:
 
 def poison(steps, how):
     real = train.Denoising
-    train.Denoising = lambda model, config: Poisoned(real(model, config), steps, how)
+    train.Denoising = lambda *args: Poisoned(real(*args), steps, how)
 
 
 @pytest.mark.parametrize(("how", "ranks"), [("loss", 1), ("gradient", 1), ("loss", 2)])
@@ -437,7 +444,7 @@ def test_steps_without_finite_gradients_are_skipped_and_counted(tmp_path, how, r
         tmp_path / "log", *STAGE_1, *rounds, "--workdir", tmp_path / "run", ranks=ranks, prepare=partial(poison, {3, 6}, how)
     )
     assert job.wait() == [0] * ranks, job.err()
-    saved = misc.load_checkpoint(tmp_path / "run" / "DDPMpp-000012.pth")
+    saved = checkpoint.read(tmp_path / "run" / "DDPMpp-000012.pth")
     assert all(v.isfinite().all() for part in ("model", "ema") for v in saved[part].values())
     assert saved["run"]["skipped"] == 2 and saved["optim"]["state"][0]["step"] == 10
     lines = metrics(tmp_path / "run")
@@ -451,7 +458,7 @@ def test_a_run_without_finite_gradients_stops_and_keeps_its_last_good_checkpoint
     shared = [*STAGE_1, *length, "--bsz", "8"]
     job = Job(tmp_path / "log", *shared, "--workdir", tmp_path / "run", prepare=partial(poison, bad, "loss"))
     assert job.wait() == [2] and "no finite loss or gradient in 20 steps, up to step 27: look at" in job.err(), job.err()
-    latest = misc.latest_checkpoint(tmp_path / "run")
+    latest = checkpoint.latest_checkpoint(tmp_path / "run")
     assert latest.name == "DDPMpp-000006.pth"  # not one of the steps that were skipped
     advice = f"begin a new run from the last good checkpoint, --resume {latest} --workdir NEW, with a lower --lr"
     assert advice in job.err()
@@ -463,7 +470,7 @@ def test_a_run_all_of_whose_steps_were_skipped_has_failed(tmp_path):
     run = [*STAGE_1, "--bsz", "8", "--workdir", tmp_path / "run"]
     job = Job(tmp_path / "log", *run, prepare=partial(poison, set(range(12)), "loss"))
     assert job.wait() == [2] and "in 12 steps, up to step 12: look at the data, or begin again with a lower --lr" in job.err()
-    assert not misc.checkpoints(tmp_path / "run")
+    assert not checkpoint.checkpoints(tmp_path / "run")
     assert Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "good").wait() == [0]
     further = ["--resume", tmp_path / "good" / "latest.pth", "--train_steps", "15", "--workdir", tmp_path / "further"]
     job = Job(tmp_path / "further.log", *run, *further, prepare=partial(poison, set(range(12)), "loss"))
@@ -475,10 +482,10 @@ def test_a_checkpoint_that_a_skipped_step_put_off_is_written_after_the_next_good
     run = [*STAGE_1, "--bsz", "8", "--keep", "0", "--workdir"]
     job = Job(tmp_path / "log", *run, tmp_path / "run", prepare=partial(poison, {2, 8, 9}, "loss"))
     assert job.wait() == [0], job.err()
-    assert [int(path.stem[-2:]) for path in misc.checkpoints(tmp_path / "run")] == [4, 6, 11, 12]
+    assert [int(path.stem[-2:]) for path in checkpoint.checkpoints(tmp_path / "run")] == [4, 6, 11, 12]
     job = Job(tmp_path / "stopped", *run, tmp_path / "stopped", prepare=partial(stop_and_poison, {4, 5}))
     assert job.wait() == [143], job.err()
-    assert misc.latest_checkpoint(tmp_path / "stopped").name == "DDPMpp-000007.pth"
+    assert checkpoint.latest_checkpoint(tmp_path / "stopped").name == "DDPMpp-000007.pth"
 
 
 def stop_and_poison(steps):
@@ -510,9 +517,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, error):
     run = [*STAGE_1, "--train_steps", "40", "--bsz", "8", "--workdir", tmp_path / "run"]
     job = Job(tmp_path / "log", *run, prepare=partial(ruin, step))
     assert job.wait() == [2] and error in job.err(), job.err()
-    for path in misc.checkpoints(tmp_path / "run"):
-        assert all(v.isfinite().all() for part in ("model", "ema") for v in misc.load_checkpoint(path)[part].values())
-    assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
+    for path in checkpoint.checkpoints(tmp_path / "run"):
+        assert all(v.isfinite().all() for part in ("model", "ema") for v in checkpoint.read(path)[part].values())
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
 
 
 # ------------------------------------------------------------------------------------------------- what continues what
@@ -532,7 +539,7 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     names = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
     assert names == ["DDPMpp-000009.pth", "DDPMpp-000012.pth", "latest.pth"]
     assert Job(tmp_path / "log", *STAGE_1, "--keep", "0", "--workdir", tmp_path / "all").wait() == [0]
-    assert len(misc.checkpoints(tmp_path / "all")) == 4
+    assert len(checkpoint.checkpoints(tmp_path / "all")) == 4
 
 
 def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path):
@@ -546,7 +553,8 @@ def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path
 
 
 def pretend_machine(name):
-    train.socket.gethostname = lambda: name
+    real = os.uname()
+    dist_util.os.uname = lambda: SimpleNamespace(sysname=real.sysname, nodename=name)
 
 
 def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
@@ -567,15 +575,15 @@ def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
 
 
 def kill_when_jobs_are_noted():
-    train.socket.gethostname = lambda: "another"  # so that there is something to note
-    real = train.lock_workdir
+    pretend_machine("another")  # so that there is something to note
+    real = workdir.lock
 
-    def locked(workdir):
-        lock = real(workdir)
+    def locked(folder):
+        lock = real(folder)
         lock.seek = lambda *place: os.kill(os.getpid(), signal.SIGKILL)
         return lock
 
-    train.lock_workdir = locked
+    workdir.lock = locked
 
 
 def test_a_restart_that_is_killed_while_it_notes_its_job_leaves_the_run_to_the_next(tmp_path):
@@ -611,13 +619,13 @@ def test_the_fingerprint_of_images_tells_others_apart_and_a_zip_from_its_folder_
             shade = level if i == 35 else i
             Image.new("L", (4, 4), shade).save(tmp_path / name / "x" / f"{i:03d}.png")
         shutil.make_archive(tmp_path / name, "zip", tmp_path / name)
-    found = {path.name: misc.ImageFiles(path, 4, 1).fingerprint() for path in tmp_path.iterdir()}
+    found = {path.name: dataset.ImageFiles(path, 4, 1).fingerprint() for path in tmp_path.iterdir()}
     assert found["a"] == found["b"] == found["a.zip"] != found["c"] == found["c.zip"]
     (tmp_path / "b" / "x" / "035.png").rename(tmp_path / "b" / "x" / "100.png")
-    assert misc.ImageFiles(tmp_path / "b", 4, 1).fingerprint() != found["a"]
+    assert dataset.ImageFiles(tmp_path / "b", 4, 1).fingerprint() != found["a"]
     images, labels = torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4), torch.tensor([0, 1])
     variants = [(images, labels), (images.flip(0), labels), (images, labels.flip(0))]
-    assert len({misc.MemoryImages(*variant).fingerprint() for variant in variants}) == 3
+    assert len({dataset.MemoryImages(*variant).fingerprint() for variant in variants}) == 3
 
 
 def test_a_workdir_takes_one_run_at_a_time(tmp_path):
@@ -641,7 +649,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_images_and_says_what_diff
         job = Job(tmp_path / f"b{before}", *second, ranks=after)
         assert job.wait() == [0] * after, job.err()
         assert f"continuing on {after} rank{'s' * (after > 1)} of 4 what ran on {before} of {4 if bsz else 8}" in job.err()
-        assert misc.load_checkpoint(tmp_path / f"{before}" / "DDPMpp-000012.pth")["config"]["train"]["global_bsz"] == 8
+        assert checkpoint.read(tmp_path / f"{before}" / "DDPMpp-000012.pth")["config"]["train"]["global_bsz"] == 8
         assert [line["step"] for line in metrics(tmp_path / f"{before}")] == [5, 10, 12]
 
 
@@ -650,7 +658,7 @@ def test_a_lost_pointer_and_a_damaged_checkpoint(tmp_path):
     run = [*STAGE_1, "--workdir", tmp_path / "run"]
     assert Job(tmp_path / "first", *run, fault=("step", 8)).wait() == [-signal.SIGKILL]
     (tmp_path / "run" / "latest.pth").unlink()
-    assert misc.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
     (tmp_path / "run" / "DDPMpp-000006.pth").write_bytes(b"damaged")
     job = Job(tmp_path / "second", *run)
     assert job.wait() == [2] and "DDPMpp-000006.pth is not a checkpoint" in job.err()
@@ -714,7 +722,7 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     for _ in range(2):
         agents.append(start([*torchrun(*options), *shared], TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
         time.sleep(1)  # so that the first holds the rendezvous
-    wait_for(lambda: len(misc.checkpoints(tmp_path / "run")) > 1, "checkpoint")
+    wait_for(lambda: len(checkpoint.checkpoints(tmp_path / "run")) > 1, "checkpoint")
     workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True, check=True).stdout.split()
     for process in (*map(int, workers), agents[1].pid):
         os.kill(process, signal.SIGKILL)

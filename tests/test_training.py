@@ -10,8 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
+import dataset
 import defaults
+import generator
 import misc
+import network
 import sde
 import train
 from conftest import ROOT, TINY_NETWORK, TINY_RUN, launch, run
@@ -19,21 +23,29 @@ from conftest import ROOT, TINY_NETWORK, TINY_RUN, launch, run
 
 def tiny_config(**flags):
     network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
-    return defaults.resolve({**network, "bsz": 8, "global_bsz": 8, "num_steps": 4, **flags})
+    return defaults.resolve({**network, "bsz": 8, "global_bsz": 8, "num_steps": 4, "grid_steps": 4, **flags})
 
 
 def tiny_teacher(**flags):
     config = tiny_config(**flags)
     torch.manual_seed(0)
-    model = misc.build_model(config).eval().requires_grad_(False)
-    return misc.Trained(model, config, torch.full((1, 8, 8), 0.2), 0, "")
+    model = checkpoint.build_model(config).eval().requires_grad_(False)
+    return generator.Trained(model, config, torch.full((1, 8, 8), 0.2), 0, "")
 
 
 def student_of(teacher, **flags):
     config = tiny_config(mode="characteristic", **flags)
-    student = misc.build_model(config)
-    train.network.start_from_teacher(student.net, teacher.model.net)
+    student = checkpoint.build_model(config)
+    network.start_from_teacher(student.net, teacher.model.net)
     return student.train(), config
+
+
+def objective_of(teacher, student, config, start=0):
+    """The objective of a configuration, ready for the steps from `start` on."""
+    ema = checkpoint.EMA(student, 0.9).module
+    objective = train.OBJECTIVES[config.distil.objective](student, config, teacher, sde.huber, ema)
+    objective.begin(start)
+    return objective
 
 
 # ----------------------------------------------------------------------------------------------------- gradients
@@ -44,12 +56,14 @@ sys.path.insert(0, "tests")
 from test_training import gradient_model, gradient_objective, gradient_batch
 
 def main():
-    world, rounds = dist_util.world_size(), int(sys.argv[1])
+    rounds = int(sys.argv[1])
     with dist_util.session():
+        world = dist_util.world_size()
         model = gradient_model()
         pieces = list(zip(*(x.chunk(world * rounds) for x in gradient_batch())))
         mine = pieces[dist_util.rank() :: world]
-        train.accumulate(model, gradient_objective(model), lambda r: mine[r], rounds)
+        parallel = dist_util.parallel(model)
+        train.accumulate(parallel, gradient_objective(parallel), lambda r: mine[r], rounds)
         if dist_util.rank() == 0:
             torch.save([p.grad for p in model.parameters()], sys.argv[2])
 
@@ -59,7 +73,7 @@ dist_util.launch(main)
 
 def gradient_model():
     torch.manual_seed(0)
-    return misc.build_model(tiny_config())
+    return checkpoint.build_model(tiny_config())
 
 
 def gradient_batch():
@@ -92,26 +106,26 @@ def test_two_ranks_of_two_rounds_give_the_gradients_of_one(tmp_path):
 
 def test_rounds_and_ranks_split_the_same_images(monkeypatch):
     """Step 3 uses the same images whatever the number of ranks and rounds."""
-    monkeypatch.setattr(misc.dist_util, "world_size", lambda: 1)
-    whole = next(iter(misc.Batches(100, seed=5, start=3, global_bsz=24, bsz=24)))
+    monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 1)
+    whole = next(iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=24)))
     split = []
     for rank in (0, 1):
-        monkeypatch.setattr(misc.dist_util, "world_size", lambda: 2)
-        monkeypatch.setattr(misc.dist_util, "rank", lambda rank=rank: rank)
-        batches = iter(misc.Batches(100, seed=5, start=3, global_bsz=24, bsz=6))
+        monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 2)
+        monkeypatch.setattr(dataset.dist_util, "rank", lambda rank=rank: rank)
+        batches = iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=6))
         split += [next(batches), next(batches)]
     assert sorted(sum(split, [])) == sorted(whole)
 
 
 def test_an_epoch_shows_every_image_once_and_epochs_differ():
-    batches = iter(misc.Batches(12, seed=0, start=0, global_bsz=5, bsz=5))
+    batches = iter(dataset.Batches(12, seed=0, start=0, global_bsz=5, bsz=5))
     stream = sum((next(batches) for _ in range(5)), [])[:24]
     assert sorted(stream[:12]) == sorted(stream[12:]) == list(range(12)) and stream[:12] != stream[12:]
 
 
 def test_ema_follows_its_formula():
     module = torch.nn.Linear(1, 1)
-    ema = misc.EMA(module, 0.5)
+    ema = checkpoint.EMA(module, 0.5)
     expected = module.weight.detach().clone()
     for step in range(20):
         with torch.no_grad():
@@ -135,8 +149,7 @@ def test_learning_rate_warms_up_and_decays():
 def test_bank_holds_the_teachers_solutions_and_is_refreshed():
     teacher = tiny_teacher()
     student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2)
-    objective = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
-    objective.fill_bank()
+    objective = objective_of(teacher, student, config)
     step = objective.teacher_step(None)
     bank, ts = objective.bank.clone(), objective.ts
     assert bank.shape == (5, 16, 1, 8, 8)
@@ -148,8 +161,7 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
         objective.start_step(n)
         changed.append([bool((objective.bank[:, h] != bank[:, h]).any()) for h in (slice(0, 8), slice(8, 16))])
     assert changed == [[False, False], [True, False], [True, False], [True, True]]
-    later = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=4)
-    later.fill_bank()  # what a run that continues at 4 sees
+    later = objective_of(teacher, student, config, start=4)  # what a run that continues at 4 sees
     assert torch.equal(later.bank, objective.bank)
 
 
@@ -157,12 +169,8 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
 def test_fresh_student_makes_the_one_step_loss_zero_with_one_teacher_step(objective):
     """With a grid of one step the student's start, one deis step of the teacher, is the solution."""
     teacher = tiny_teacher()
-    student, config = student_of(teacher, num_steps=1, bank_size=8, objective=objective, dsm_share=0.0, dsm_weight=0.0)
-    if objective == "trajectory":
-        loss = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
-        loss.fill_bank()
-    else:
-        loss = train.Semigroup(student, config, teacher, sde.huber, torch.device("cpu"), misc.EMA(student, 0.9))
+    student, config = student_of(teacher, grid_steps=1, bank_size=8, objective=objective, dsm_share=0.0, dsm_weight=0.0)
+    loss = objective_of(teacher, student, config)
     value, _ = loss(torch.rand(8, 1, 8, 8), None, torch.Generator().manual_seed(0))
     assert value.item() < 1e-5
 
@@ -172,14 +180,9 @@ def test_fresh_student_makes_the_one_step_loss_zero_with_one_teacher_step(object
 def test_objectives_learn_and_use_labels(objective, label_dim):
     teacher = tiny_teacher(label_dim=label_dim)
     student, config = student_of(teacher, bank_size=8, objective=objective, label_dim=label_dim, teacher_steps=2)
-    ema = misc.EMA(student, 0.9)
-    if objective == "trajectory":
-        loss = train.Trajectory(student, config, teacher, sde.huber, torch.device("cpu"), start=0)
-        loss.fill_bank()
-    else:
-        loss = train.Semigroup(student, config, teacher, sde.huber, torch.device("cpu"), ema)
+    loss = objective_of(teacher, student, config)
     optim = torch.optim.RAdam(student.parameters(), lr=3e-3)
-    label = misc.one_hot(torch.arange(8) % 10, label_dim)
+    label = dataset.one_hot(torch.arange(8) % 10, label_dim)
     x0 = torch.full((8, 1, 8, 8), 0.8)
     denoising = []
     for _ in range(40):
@@ -189,7 +192,7 @@ def test_objectives_learn_and_use_labels(objective, label_dim):
         optim.step()
         denoising.append(logs["denoising"].item())
     assert denoising[-1] < 0.8 * denoising[0]
-    assert logs["weight"] > 0 and all(p.grad is None for p in ema.module.parameters())
+    assert logs["weight"] > 0 and all(p.grad is None for p in loss.ema.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------ the script
@@ -223,9 +226,8 @@ def test_equal_runs_write_equal_files(tmp_path):
     hashes = set()
     for folder in ("a", "b/longer"):
         torch.manual_seed(0)
-        model = misc.build_model(config)
-        optim = torch.optim.RAdam(model.parameters())
-        path = misc.save_checkpoint(tmp_path / folder, model, misc.EMA(model, 0.9), optim, 1, config, torch.zeros(1, 8, 8), {})
+        model = checkpoint.build_model(config)
+        path = checkpoint.TrainingState(model, config, torch.zeros(1, 8, 8)).save(tmp_path / folder)
         assert f".pth.{os.getpid()}".encode() not in path.read_bytes()  # torch.save keeps the name of a path it is given
         hashes.add(misc.file_hash(path))
     assert len(hashes) == 1
@@ -249,7 +251,7 @@ def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
     run(*shared, "--workdir", tmp_path / "whole", "--dump_freq", "2")
     resume = [*shared, "--workdir", tmp_path / "rest", "--resume", tmp_path / "whole" / "DDPMpp-000002.pth"]
     run(*resume)
-    a, b = (misc.load_checkpoint(tmp_path / d / "DDPMpp-000003.pth") for d in ("whole", "rest"))
+    a, b = (checkpoint.read(tmp_path / d / "DDPMpp-000003.pth") for d in ("whole", "rest"))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     assert all(torch.equal(a["optim"]["state"][i]["exp_avg"], b["optim"]["state"][i]["exp_avg"]) for i in a["optim"]["state"])
@@ -285,10 +287,12 @@ def test_zip_data_is_read_whole_by_several_workers(tmp_path):
             Image.fromarray(pixels.numpy()).save(image, format="PNG")
             archive.writestr(f"c{i % 2}/{i:02d}.png", image.getvalue())
     config = tiny_config(data_name="folder", image_size=8, num_workers=2)
-    dataset = misc.ImageFiles(tmp_path / "data.zip", 8, 3)
-    expected, labels = dataset.__getitems__(list(range(40)))  # opens the zip in this process too
-    order = iter(misc.Batches(40, config.train.seed, 0, 8, 8))
-    for (images, classes), indices in zip((next(b) for b in [misc.batches(dataset, config.data, config.train, 0)] * 20), order):
+    images_of_zip = dataset.ImageFiles(tmp_path / "data.zip", 8, 3)
+    expected, labels = images_of_zip.batch(list(range(40)))
+    order = iter(dataset.Batches(40, config.train.seed, 0, 8, 8))
+    for (images, classes), indices in zip(
+        (next(b) for b in [dataset.batches(images_of_zip, config.data, config.train, 0)] * 20), order
+    ):
         assert torch.equal(images, expected[indices]) and torch.equal(classes, labels[indices])
 
 
@@ -329,7 +333,7 @@ def test_training_scores_itself_with_the_score_that_fid_py_gives(tmp_path):
     done = run("train.py", "--workdir", workdir, *TINY_NETWORK, *TINY_RUN, *scoring, ranks=2)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["pixel_fid"] for line in lines if "pixel_fid" in line}
-    assert list(scores) == [2, 3] and all(line["images"] == 7 for line in lines if "pixel_fid" in line)
+    assert list(scores) == [2, 3] and all(line["images_scored"] == 7 for line in lines if "pixel_fid" in line)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert f"pixel_fid={scores[3]:.4f}" in done.stderr
     images = ["--checkpoint", workdir / "DDPMpp-000003.pth", "--end_seed", "6"]
@@ -342,7 +346,7 @@ def test_scoring_does_not_change_training(tmp_path):
     states = []
     for name, more in (("plain", []), ("scored", ["--ref_path", reference, "--fid_freq", "1", "--fid_num", "4"])):
         run("train.py", "--workdir", tmp_path / name, *TINY_NETWORK, *TINY_RUN, *more)
-        states.append(misc.load_checkpoint(tmp_path / name / "DDPMpp-000003.pth")["ema"])
+        states.append(checkpoint.read(tmp_path / name / "DDPMpp-000003.pth")["ema"])
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
@@ -356,7 +360,7 @@ def test_stage_2_learns_with_lpips(trained, weights, tmp_path, objective):
     run("train.py", *stage_2, *batch, *small, *files, "--workdir", tmp_path / "run")
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < line["distance"] < 5 and line["grad_norm"] > 0
-    content = misc.load_checkpoint(tmp_path / "run" / "DDPMpp-000001.pth")
+    content = checkpoint.read(tmp_path / "run" / "DDPMpp-000001.pth")
     assert not any("vgg" in key or "lin" in key for key in content["model"])
 
 

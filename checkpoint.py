@@ -1,0 +1,399 @@
+"""Weights on disk: the one object that knows what a checkpoint holds, the average of the weights, and files of others.
+
+state = TrainingState(model, config, mean)
+state.restore(saved)               # saved = load_run(path), to go on
+state.save(workdir, keep=5)        # {workdir}/DDPMpp-{step}.pth, and latest.pth that points to it
+"""
+
+import dist_util
+from dist_util import UserError
+
+import copy
+import dataclasses
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import defaults
+import misc
+import network
+
+FORMAT = 1
+LARGEST_NETWORK = 2e10  # parameters
+
+
+class EMA:
+    """Moving average of a module's parameters and buffers, with decay min(decay, (1 + step)/(10 + step)) at each step."""
+
+    def __init__(self, module, decay):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        for mine, other in zip(self.module.buffers(), module.buffers()):
+            mine.copy_(other)
+
+
+def build_model(config):
+    """Denoiser of a configuration, with fresh weights; two times if the mode is characteristic."""
+    net, data = dataclasses.asdict(config.network), config.data
+    sigma_data, M = net.pop("sigma_data"), net.pop("M")
+    two_times = config.task.mode == "characteristic"
+
+    def make():
+        return network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
+
+    try:
+        with torch.device("meta"):  # no memory: how large would it be?
+            size = sum(p.numel() for p in make().parameters())
+        if size > LARGEST_NETWORK:
+            raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
+        unet = make()
+    except ValueError as error:  # of GroupNorm
+        raise UserError(f"--model_channels {config.network.model_channels} does not suit the network: {error}") from error
+    return network.Denoiser(unet, sigma_data, M)
+
+
+# -------------------------------------------------------------------------------------------------- files in a folder
+
+
+def checkpoints(workdir):
+    """The paths of a folder's checkpoints, by step."""
+    found = ((re.fullmatch(r"DDPMpp-(\d+)\.pth", path.name), path) for path in Path(workdir).glob("DDPMpp-*.pth"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def latest_checkpoint(workdir):
+    """What {workdir}/latest.pth points to; where that is missing, the last checkpoint; None without a checkpoint.
+
+    It is missing when the first checkpoint's process was killed before pointing to it, when it was lost in copying, and on
+    file systems without symbolic links.
+    """
+    pointer = Path(workdir) / "latest.pth"
+    if pointer.is_symlink():
+        return pointer.parent / os.readlink(pointer)
+    return (checkpoints(workdir) or [None])[-1]
+
+
+def point_to(path):
+    """Make latest.pth a link to a checkpoint beside it, or remove it where links cannot be made."""
+    pointer = path.with_name("latest.pth")
+    try:
+        with misc.atomic(pointer) as temporary:
+            os.symlink(path.name, temporary)
+    except UserError as error:
+        pointer.unlink(missing_ok=True)  # the last checkpoint counts then, see latest_checkpoint()
+        misc.log(f"warning: {error}; the last checkpoint is found without it")
+
+
+def remove_old(workdir, keep):
+    """Keep a folder's last `keep` checkpoints, or all if 0, counted back from the one that latest.pth points to.
+
+    A later one may be there: its run was killed between writing it and pointing to it.  It stays; it will be written again.
+    """
+    known, latest = checkpoints(workdir), latest_checkpoint(workdir)
+    known = known[: known.index(latest) + 1] if latest in known else []
+    for old in known[:-keep] if keep else []:
+        old.unlink(missing_ok=True)  # somebody else may have removed it
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read(path):
+    """The content of a checkpoint, ours or somebody's, as a dict in which `ema` is a state dict of tensors, on the CPU.
+
+    Tensors and plain values alone are loaded: no code in the file ever runs.  UserError says what kind of file it is instead.
+    """
+    try:
+        with warnings.catch_warnings():  # of torch about tensors that are refused below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}; name a .pth file") from error
+    except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
+        reason = f"{path} is not a checkpoint of tensors and plain values, or it is damaged"
+        raise UserError(reason + _kind(path, error)) from error
+    content = find_weights(content, path)
+    step, written = content.get("step", 0), content.get("format", FORMAT)
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise UserError(f"{path} is damaged: its step is {step!r}")
+    if type(written) is not int or written != FORMAT:
+        raise UserError(f"{path} has format {written!r}, this version reads {FORMAT}: update the software")
+    if not all(x.layout is torch.strided and x.device.type == "cpu" for x in tensors_in(content)):
+        raise UserError(f"{path} is damaged: it holds tensors that are not dense or without values")
+    return content
+
+
+def _kind(path, error):
+    """What a file is that cannot be loaded, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    found = re.search(r"GLOBAL ([\w.]+)|Can only build Tensor.*?type ([\w.]+)", str(error))
+    if head[8:] == b"{":
+        return ": it looks like a safetensors file; load it with that package and torch.save its dict of tensors"
+    if found and "numpy" in found[0]:
+        return f": it holds numpy values ({found[1]}); save tensors, ints and floats instead"
+    if found:
+        return f": it holds Python objects ({found[1] or found[2]}), which are never loaded; torch.save the state dict instead"
+    return ""
+
+
+def find_weights(content, path):
+    """A checkpoint's content with `ema`, from what others save: `model` or `state_dict` alone, or nothing but the weights."""
+    if isinstance(content, dict):
+        for name in ("ema", "state_dict", "model"):
+            if isinstance(content.get(name), dict):
+                return {**content, "ema": content[name]}
+        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+            return {"ema": content}
+    held = (
+        f"it holds {', '.join(map(str, list(content)[:5]))}"
+        if isinstance(content, dict)
+        else f"it is a {type(content).__name__}"
+    )
+    raise UserError(f"{path} is not a checkpoint: it has no 'model' and 'ema' state dicts; {held}")
+
+
+def tensors_in(content):
+    """All tensors in dicts and lists, which may be nested deeply or hold themselves."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
+
+
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # what DataParallel, compile and others put before every name
+
+
+def load_weights(net, state, path):
+    """Strict load_state_dict, with the wrappers' prefixes of other implementations taken off; UserError names what differs."""
+    while prefix := next((p for p in WRAPPERS if state and all(str(k).startswith(p) for k in state)), None):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    own, wrong = net.state_dict(), []
+
+    def differ(names, what):
+        if names:
+            wrong.append(f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} {what(names[0])}")
+
+    both = [k for k in own if k in state]
+    shapes = {k: tuple(getattr(state[k], "shape", ())) for k in both}
+    differ([k for k in own if k not in state], lambda _: "missing" if len(own) - len(both) > 1 else "is missing")
+    differ([k for k in state if k not in own], lambda _: "unknown" if len(state) - len(both) > 1 else "is unknown")
+    differ(
+        [k for k in both if not isinstance(state[k], torch.Tensor) or shapes[k] != own[k].shape],
+        lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}",
+    )
+    if not wrong:
+        differ([k for k in both if not state[k].is_floating_point()], lambda k: f"holds {state[k].dtype}")
+    if not wrong:
+        differ([k for k in both if not state[k].isfinite().all()], lambda _: "is not finite")
+    if wrong:
+        raise UserError(f"{path} does not fit this network: {'; '.join(wrong)}")
+    net.load_state_dict(state)
+
+
+def override(config, flags, path, sections=("task", "data", "network"), free=("dropout", "label_dropout"), advice=None):
+    """The configuration of the checkpoint `path` with explicit flags over it.
+
+    UserError with the list of the flags that differ in these sections: by default in what shaped the weights and cannot be
+    another.  Flags in `free`, or of where and how the data is read, may always differ.
+    """
+    free = ("data_path", "num_workers", *free)
+    settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
+    different = [
+        f"--{key} is {flags[key]} and was {value}" for key, value in settings.items() if flags.get(key, value) != value
+    ]
+    if different:
+        raise UserError(f"{path} was made with other settings: {'; '.join(different)}: {advice or 'leave them out'}")
+    return defaults.resolve(flags, config)
+
+
+def check_mean(mean, config, path):
+    """UserError unless the mean that a checkpoint holds is that of images of its configuration."""
+    shape = (config.data.image_channels, config.data.image_size, config.data.image_size)
+    fits = isinstance(mean, torch.Tensor) and tuple(mean.shape) == shape and mean.dtype == torch.float32
+    if not fits or not mean.isfinite().all():
+        raise UserError(f"{path} is damaged: its mean is not a finite image of {shape}")
+
+
+# ------------------------------------------------------------------------------------------------- a run's checkpoints
+
+
+class Window:
+    """Sums, in float64, of what the steps since the last line of metrics.jsonl logged, on this rank."""
+
+    def __init__(self, device):
+        self.device, self.sums, self.steps, self.skipped = device, {}, 0, 0
+
+    def add(self, logs):
+        self.steps += 1
+        for name, value in logs.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+
+    def means(self):
+        """{name: mean over steps and ranks}, and how many steps were skipped if any; all ranks call this together."""
+        names, found = sorted(self.sums), {}
+        if names:
+            sums = torch.stack([self.sums[name] for name in names])
+            means = dist_util.sum_over_ranks(sums) / dist_util.world_size() / self.steps
+            found = dict(zip(names, means.tolist()))
+        return {**found, **({"skipped": self.skipped} if self.skipped else {})}
+
+    def content(self):
+        """What a checkpoint holds of it; all ranks call this together."""
+        sums = dist_util.gather({name: value.item() for name, value in self.sums.items()})
+        return {"steps": self.steps, "skipped": self.skipped, "sums": sums}
+
+    def restore(self, content):
+        """The inverse; where the number of ranks is another, each takes the mean."""
+        ranks = content["sums"]
+        if len(ranks) == dist_util.world_size():
+            mine = ranks[dist_util.rank()]
+        else:
+            mine = {name: sum(sums[name] for sums in ranks) / len(ranks) for name in ranks[0]}
+        self.sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in mine.items()}
+        self.steps, self.skipped = content["steps"], content["skipped"]
+
+
+@dataclass
+class Saved:
+    """What the checkpoint of a run holds; see load_run()."""
+
+    path: Path
+    config: defaults.Config
+    step: int
+    mean: torch.Tensor  # (C, H, W) of the data
+    ranks: int  # that the run had
+    bsz: int
+    images: int  # of the data
+    data: str  # the data's fingerprint
+    skipped: int  # steps
+    window: dict  # Window.content()
+    origin: dict | None  # path, sha256 and step of the checkpoint that the run began from with --resume
+    teacher: dict | None  # path and sha256 of the teacher's checkpoint
+    weights: dict = field(repr=False)  # model, ema, optim
+
+
+def load_run(path):
+    """The Saved of a checkpoint that train.py wrote; UserError for another, a damaged one, or one of an earlier version."""
+    content = read(path)
+    if not {"model", "config", "optim", "mean", "run"} <= content.keys():
+        raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
+    config, run = defaults.from_dict(content["config"]), content["run"]
+    check_mean(content["mean"], config, path)
+    weights = {name: content[name] for name in ("model", "ema", "optim")}
+    try:
+        saved = Saved(Path(path), config, content.get("step", 0), content["mean"], **run, weights=weights)
+        sums, files = (
+            saved.window["sums"],
+            {"origin": {"path": str, "sha256": str, "step": int}, "teacher": {"path": str, "sha256": str}},
+        )
+        counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, saved.window["steps"], saved.window["skipped"]]
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in counts) and len(sums) == saved.ranks
+        for part in sums:  # each rank's, of the same names
+            whole = whole and part.keys() == sums[0].keys() and set(map(type, part)) <= {str}
+            whole = whole and all(type(value) is float and math.isfinite(value) for value in part.values())
+        for name, kinds in files.items():
+            given = getattr(saved, name)
+            whole = whole and (given is None or {key: type(value) for key, value in given.items()} == kinds)
+        if not whole:
+            raise ValueError("values of another kind")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
+    return saved
+
+
+class TrainingState:
+    """All that changes while a run trains, and what else its checkpoints hold: the one object that saves and restores it.
+
+    Every random number of training is drawn from a generator seeded by (seed, purpose, step, round, rank), so the random
+    state is the seed and the step.
+    """
+
+    def __init__(self, model, config, mean, images=0, data="", origin=None, teacher=None):
+        self.model, self.config, self.mean = model, config, mean
+        self.facts = {"images": images, "data": data, "origin": origin, "teacher": teacher}  # see Saved
+        self.ema = EMA(model, config.train.ema_decay)
+        self.optim = torch.optim.RAdam(model.parameters(), lr=config.train.lr)
+        self.window, self.step, self.skipped = Window(mean.device), 0, 0
+
+    def restore(self, saved):
+        """Go on where a Saved ended; UserError if it is of another network or optimizer."""
+        load_weights(self.model.net, saved.weights["model"], saved.path)
+        load_weights(self.ema.module.net, saved.weights["ema"], saved.path)
+        self._load_optimizer(saved.weights["optim"], saved.path)
+        self.window.restore(saved.window)
+        self.step, self.skipped = saved.step, saved.skipped
+
+    def _load_optimizer(self, state, path):
+        """load_state_dict but for the settings, which stay; UserError unless every parameter has its state."""
+        parameters = list(self.model.parameters())
+        try:
+            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(parameters))]
+            whole = len(state["state"]) == len(states) and all(
+                s.keys() == {"step", "exp_avg", "exp_avg_sq"}
+                and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())
+                and (s["step"].shape == () and s["step"] >= 0 and (s["exp_avg_sq"] >= 0).all())
+                for s in states
+            )
+            fits = all(s[k].shape == p.shape for p, s in zip(parameters, states) for k in ("exp_avg", "exp_avg_sq"))
+        except Exception as error:  # whatever another dict runs into
+            raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
+        if not whole or not fits:
+            why = "it is damaged" if not whole else "it is that of another network"
+            raise UserError(f"{path} does not hold the optimizer of this run: {why}")
+        groups = self.optim.state_dict()["param_groups"]
+        self.optim.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
+
+    def is_finite(self):
+        """Whether all weights are finite numbers, on all ranks; all ranks call this together."""
+        nets = (self.model, self.ema.module)
+        return all(dist_util.gather(all(bool(x.isfinite().all()) for net in nets for x in net.state_dict().values())))
+
+    def save(self, workdir, keep=0):
+        """{workdir}/DDPMpp-{step}.pth, atomically; returns the path.  All ranks call this together; the first one writes.
+
+        Then latest.pth is pointed to it, and of the checkpoints the last `keep` are kept, all if 0.  In this order, each
+        waiting for the disk, so that latest.pth never points to what is not there, or not whole.
+        """
+        path = Path(workdir) / f"DDPMpp-{self.step:06d}.pth"
+        run = {"ranks": dist_util.world_size(), "bsz": self.config.train.bsz, **self.facts}
+        run |= {"skipped": self.skipped, "window": self.window.content()}
+        content = {
+            "model": self.model.net.state_dict(),
+            "ema": self.ema.module.net.state_dict(),
+            "optim": self.optim.state_dict(),
+            "step": self.step,
+            "config": defaults.to_dict(self.config),
+            "mean": self.mean.cpu(),
+            "random": {"seed": self.config.train.seed, "step": self.step},
+            "run": run,
+            "format": FORMAT,
+        }
+
+        def write():
+            with (
+                misc.atomic(path) as temporary,
+                open(temporary, "wb") as file,
+            ):  # given a name, torch would write it into the file
+                torch.save(content, file)
+            point_to(path)
+            remove_old(workdir, keep)
+
+        dist_util.on_first_rank(write)
+        return path

@@ -1,0 +1,593 @@
+"""Images in: the data sets, files of images of any kind, batches in a fixed order, and what is refused.
+
+A data set has a length, `shape` (C, H, W), `labels` (N,), `class_names` (one or none where there are no classes),
+`batch(indices)` -> uint8 images (B, C, H, W) and int64 labels (B,), and `fingerprint()`, which tells it from others.
+"""
+
+import dist_util
+from dist_util import LoneError, UserError
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+import warnings
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+import misc
+
+
+class MemoryImages:
+    """uint8 images (N, C, H, W) and int64 labels (N,) held in memory; of class 0 where no labels are given."""
+
+    def __init__(self, images, labels=None, class_names=()):
+        self.images, self.class_names = images, class_names
+        self.labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def shape(self):
+        return tuple(self.images.shape[1:])
+
+    def fingerprint(self):
+        """SHA-256 of images and labels: what a run that continues compares."""
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
+    def batch(self, indices):
+        return self.images[indices], self.labels[indices]
+
+
+# ------------------------------------------------------------------------------------------------------ image files
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that Pillow may try, whatever a name says: fewer decoders for hostile files
+OURS = ("eval.json", "dataset.json")  # files that may lie beside images
+LARGEST_FILE = 2**28  # bytes of an image in a zip, unpacked
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no image to learn from
+
+
+def decode(data, upright=False):
+    """Pillow image in mode L or RGB from the bytes of a file; ValueError or OSError saying why it cannot be one.
+
+    Black and white becomes grey, palettes become RGB, opaque alpha is dropped, and of a phone's MPO file the first picture is
+    taken: nothing of it is lost.  What would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
+    With `upright` it is turned as its EXIF orientation says.
+    """
+    deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # Pillow would drop the low bits of 16 without a word
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"it has {image.n_frames} frames: keep one of them")
+        image.load()
+    if deep or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        depth = "16 bits" if deep else f"mode {image.mode}"
+        raise ValueError(f"it has {depth}: convert it to 8-bit grey or RGB first")
+    if upright:
+        with suppress(Exception):  # a damaged tag is none
+            image = ImageOps.exif_transpose(image)
+    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+        if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise ValueError("it has transparent pixels: put it on a background first")
+        image.info.pop("transparency", None)
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _in_folder(folder):
+    """The names of all files in a folder and below, links followed, and of the folders at its first level."""
+
+    def refuse(error):
+        raise error
+
+    names, classes, seen = [], [], set()  # links may lead back
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        names += files if inside == "." else [f"{inside}/{name}" for name in files]
+        classes = classes or list(folders)
+    return names, classes
+
+
+def _in_zip(path, archive):
+    """{name: member} of a zip's files, with / for backslashes; UserError for what leads out of it or is too large."""
+    members = {}
+    for member in archive.infolist():
+        name = member.filename.replace("\\", "/")
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"{path} holds {name}, a path that leads out of it: pack it again")
+        if member.file_size > LARGEST_FILE:
+            raise UserError(f"{path} holds {name} of {member.file_size} bytes: too large for an image")
+        if not name.endswith("/"):
+            members[name] = member
+    return members
+
+
+class ImageFiles:
+    """Images of a flat folder, of class folders (nested or not) or of a zip of either, in the order of their names.
+
+    The class is the first folder level under `path`, where there is one, or what EDM's dataset.json says.  With `size` and
+    `channels`, as training wants it, images are turned upright, cropped to their central square, resized (Lanczos) and
+    converted.  Without, as scores want it, images are taken as they are and must be alike.  decode() says which kinds are
+    read.  Other files are passed over.
+    """
+
+    def __init__(self, path, size=None, channels=None):
+        self.path, self.size, self.channels = Path(path), size, channels
+        self.archive = self.first_shape = None
+        try:
+            if self.path.is_dir():
+                names, folders = _in_folder(self.path)
+            elif zipfile.is_zipfile(self.path):
+                self.archive = zipfile.ZipFile(self.path)
+                self.members = _in_zip(self.path, self.archive)
+                names, folders = list(self.members), []
+            else:
+                raise UserError(f"{self.path} is neither a folder nor a zip of images")
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
+        visible = [n for n in sorted(names) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        self.names = [n for n in visible if os.path.splitext(n)[1].lower() in SUFFIXES]
+        others = sorted({n for n in visible if n.split("/")[-1] not in OURS} - set(self.names))
+        beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
+        if not self.names:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise UserError(f"no images in {self.path}{beside}: expected {kinds} files, flat or in class folders")
+        if others:
+            count = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
+            misc.log(f"warning: {self.path} holds {count} and {len(others)} other files, such as {others[0]}: passed over")
+        if "dataset.json" not in visible or not self._take_labels():
+            places = [n.split("/")[0] if "/" in n else "" for n in self.names]
+            self.class_names = tuple(sorted({*places, *(f for f in folders if not f.startswith("."))}))
+            index = {name: i for i, name in enumerate(self.class_names)}
+            self.labels = torch.tensor([index[place] for place in places])
+
+    def _take_labels(self):
+        """Labels and classes of EDM's dataset.json, {"labels": [[name, class number], ...]}; False where it has none."""
+        try:
+            listed = json.loads(self.use("dataset.json", lambda data: data))["labels"]
+            if not listed:
+                self.labels, self.class_names = torch.zeros(len(self.names), dtype=torch.long), ()
+                return True
+            labels = dict(listed)
+            self.labels = torch.tensor([labels[name] for name in self.names])
+            if (
+                self.labels.dtype != torch.long
+                or self.labels.ndim != 1
+                or not 0 <= self.labels.min() <= self.labels.max() < 2**20
+            ):
+                raise ValueError("labels are not class numbers")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            missing = f"{error} has no label" if isinstance(error, KeyError) else error
+            raise UserError(f"dataset.json in {self.path} does not label these images: {missing}; mend or remove it") from error
+        self.class_names = tuple(map(str, range(int(self.labels.max()) + 1)))
+        return True
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def shape(self):
+        if self.first_shape is None:
+            self.first_shape = tuple(self.read(0).shape)
+        return self.first_shape
+
+    def use(self, name, function):
+        """function(bytes of a file); UserError naming the file if it cannot be read or the function fails."""
+        try:
+            if self.archive:
+                return function(self.archive.read(self.members[name]))
+            with open(os.path.join(self.path, name), "rb") as file:
+                return function(file.read())
+        except Exception as error:  # of the file, of the zip (encrypted: RuntimeError), or of Pillow, which raises many kinds
+            why = "it is damaged or no image" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"cannot read image {name}, one of {len(self)} in {self.path}: {why}") from error
+
+    def sample(self):
+        """The names of up to 64 images, evenly spaced."""
+        return [self.names[i] for i in sorted({i * (len(self) - 1) // 63 for i in range(64)})]
+
+    def fingerprint(self):
+        """SHA-256 of all names and of 64 of the files: what a run that continues compares.
+
+        All files would take as long as reading them.  Packing a folder into a zip changes nothing.
+        """
+        digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
+        for name in self.sample():
+            digest.update(self.use(name, lambda data: data))
+        return digest.hexdigest()
+
+    def conversions(self):
+        """Lines about what is done to the images, as 64 of them show, that a reader may not expect."""
+        found = []
+        for name in self.sample():
+            with suppress(UserError):  # it is named when it is read
+                found.append(self.use(name, lambda data: Image.open(io.BytesIO(data), formats=FORMATS)))
+        small = {f"{i.width}x{i.height}" for i in found if min(i.size) < self.size}
+        if small:
+            yield f"images of {min(small)} pixels are enlarged to {self.size}: a smaller --image_size holds all there is in them"
+        if self.channels == 3 and found and all(i.mode in ("1", "L", "LA") for i in found):
+            yield "the images are grey, and the model is trained in colour: --image_channels 1 is for grey"
+
+    def read(self, index):
+        """uint8 tensor (C, H, W)."""
+        training = self.size is not None
+        image = self.use(self.names[index], lambda data: decode(data, upright=training))
+        if training:
+            image = image.convert("L" if self.channels == 1 else "RGB")
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            if image.size != (self.size, self.size):
+                box = (left, top, left + side, top + side)
+                image = image.resize((self.size, self.size), Image.Resampling.LANCZOS, box=box)
+        pixels = torch.from_numpy(np.array(image))
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+    def batch(self, indices):
+        images = [self.read(i) for i in indices]
+        for i, image in zip(indices, images):
+            if tuple(image.shape) != self.shape:
+                first, other = ("x".join(map(str, (*shape[1:], shape[0]))) for shape in (self.shape, image.shape))
+                raise UserError(
+                    f"images of different sizes or colours among the {len(self)} in {self.path}: "
+                    f"{self.names[0]} is {first}, {self.names[i]} is {other}"
+                )
+        return torch.stack(images), self.labels[indices]
+
+
+class ArrayOnDisk:
+    """uint8 images (N, H, W, C) at `offset` of a file, as a data set of batches (B, C, H, W), all of class 0."""
+
+    def __init__(self, path, offset, shape):
+        self.path, self.offset, self.array_shape = path, offset, shape
+
+    def __len__(self):
+        return self.array_shape[0]
+
+    @property
+    def shape(self):
+        height, width, channels = self.array_shape[1:]
+        return channels, height, width
+
+    def batch(self, indices):
+        array = np.memmap(self.path, np.uint8, "r", self.offset, self.array_shape)  # of this batch alone: pages go when it does
+        return torch.from_numpy(array[indices]).permute(0, 3, 1, 2), torch.zeros(len(indices), dtype=torch.long)
+
+
+class Grey:
+    """A set of colour images whose three channels are equal, as the grey images that they are."""
+
+    def __init__(self, images):
+        self.images, self.shape = images, (1, *images.shape[1:])
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        images, labels = self.images.batch(indices)
+        coloured = (images != images[:, :1]).flatten(1).any(1).nonzero().flatten().tolist()
+        if coloured:
+            index = indices[coloured[0]]
+            name = self.images.names[index] if isinstance(self.images, ImageFiles) else f"image {index}"
+            raise UserError(f"the reference is of grey images, and {name} has colours: they do not compare")
+        return images[:, :1], labels
+
+
+def refuse_bombs(archive):
+    """ValueError if a zip holds a gigabyte or more that is packed to less than a hundredth."""
+    if any(member.file_size >= 2**30 and member.file_size > 100 * member.compress_size for member in archive.infolist()):
+        raise ValueError("a few bytes that would fill the memory")
+
+
+def load_array(path):
+    """Data set of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them.
+
+    They stay on the disk and are read when needed, unless the npz is compressed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            refuse_bombs(archive)
+            member = archive.getinfo("arr_0.npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            with open(path, "rb") as file:
+                file.seek(member.header_offset)
+                file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)  # past the name and the extra field
+                major, _ = np.lib.format.read_magic(file)
+                read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+                shape, columns_first, dtype = read_header(file)
+                if dtype.hasobject or columns_first or file.tell() + math.prod(shape) > os.path.getsize(path):
+                    raise ValueError("not a plain array, or not all of it")
+                array = ArrayOnDisk(path, file.tell(), shape)
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                array = archive["arr_0"]
+                shape, dtype = array.shape, array.dtype
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # damaged zip, missing or pickled array
+        raise UserError(f"{path} is not an npz file with an array `arr_0` of images, or it is damaged") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+        raise UserError(f"{path} holds {dtype} {shape}: expected uint8 images (N, H, W, 1 or 3)")
+    return array if isinstance(array, ArrayOnDisk) else MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------- data sets
+# A data set is loaded by a function of the settings (defaults.Data) and of whether missing files may be downloaded.
+
+
+def load_digits(data, download):
+    with np.load(Path(__file__).parent / "data" / "digits.npz") as archive:
+        levels, labels = archive["images"], archive["labels"]  # levels 0 ... 16
+    images = np.floor(levels[:, None] * (255 / 16) + 0.5).astype(np.uint8)
+    return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels).long(), tuple("0123456789"))
+
+
+def read_idx(path):
+    """uint8 array of a file of MNIST's, packed by gzip or not, whatever its name says; UserError naming it if it is none."""
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin as such a file does")
+        shape = struct.unpack_from(f">{content[3]}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, struct.error, gzip.zlib.error) as error:
+        raise UserError(f"{path} is damaged or no idx file of MNIST ({error}): remove it, and get it again") from error
+
+
+def load_mnist(data, download):
+    folder = Path(data.data_path) / "MNIST" / "raw"
+
+    def find(kind):
+        path = folder / f"train-{kind}-ubyte"
+        return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+
+    kinds = ("images-idx3", "labels-idx1")
+    _fetch("MNIST", data, download and not all(map(find, kinds)))
+    if not all(map(find, kinds)):
+        _fail("mnist", folder, "train-images-idx3-ubyte and train-labels-idx1-ubyte, unpacked or .gz,")
+    images, labels = (read_idx(find(kind)) for kind in kinds)
+    if images.ndim != 3 or images.shape != (len(labels), 28, 28) or labels.ndim != 1 or labels.max(initial=0) > 9:
+        raise UserError(f"{folder} holds images {images.shape} and labels {labels.shape}, not MNIST's: get the files again")
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return MemoryImages(torch.from_numpy(images[:, None].copy()), labels, tuple("0123456789"))
+
+
+def load_cifar(data, download):
+    from torchvision import datasets  # slow to import
+
+    folder = Path(data.data_path) / datasets.CIFAR10.base_folder
+    known = {name: datasets.utils.check_integrity(folder / name, md5) for name, md5 in datasets.CIFAR10.train_list}
+    _fetch("CIFAR10", data, download and not all(known.values()))
+    try:
+        found = datasets.CIFAR10(data.data_path, train=True, download=False)  # which unpickles files of the published MD5 alone
+    except (RuntimeError, OSError):
+        other = [name for name in known if (folder / name).exists() and not known[name]]
+        _fail("cifar", folder, "data_batch_1 ... data_batch_5 and batches.meta", other)
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return MemoryImages(images, torch.tensor(found.targets), tuple(found.classes))
+
+
+def _fetch(name, data, wanted):
+    """Let rank 0 download a data set of torchvision's; a failure leaves no empty folders."""
+
+    def fetch():
+        from torchvision import datasets
+
+        root = Path(data.data_path)
+        above = [p for p in (root / "MNIST" / "raw", root / "MNIST", root) if not p.exists()]
+        try:
+            getattr(datasets, name)(root, train=True, download=True)
+        except (RuntimeError, OSError) as error:  # URLError is an OSError
+            misc.log(f"{name} could not be downloaded: {' '.join(str(error).split())}")
+        for folder in above:
+            with suppress(OSError):
+                folder.rmdir()
+
+    if any(dist_util.gather(wanted)):
+        dist_util.on_first_rank(fetch)
+
+
+def _fail(name, folder, files, other=()):
+    there = f"; {', '.join(other)} there {'is' if len(other) == 1 else 'are'} not the published" if other else ""
+    raise UserError(
+        f"{name} is not in {folder.absolute()}{there}: put {files} there, say another --data_path, or use --data_name digits"
+    )
+
+
+def load_afhq(data, download):
+    path = Path(data.data_path) / "afhq" / "train"
+    return load_files(path, data, "unpack AFHQ so that it holds cat/, dog/ and wild/, or use --data_name digits")
+
+
+def load_folder(data, download):
+    return load_files(Path(data.data_path), data, "--data_path names the folder or zip of images, or use --data_name digits")
+
+
+def load_files(path, data, advice):
+    try:
+        if not path.exists() or data.data_name == "afhq" and not path.is_dir():
+            raise UserError(f"{path.absolute()} is missing: {advice}")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    return ImageFiles(path, data.image_size, data.image_channels)
+
+
+DATASETS = {"digits": load_digits, "mnist": load_mnist, "cifar": load_cifar, "afhq": load_afhq, "folder": load_folder}
+
+
+def load(data, download=True):
+    """The training images of `--data_name`, defaults.Data; missing files are downloaded where that is possible."""
+    return DATASETS[data.data_name](data, download)
+
+
+def check_classes(images, label_dim):
+    """(names, counts) of a data set's classes, which are printed; UserError unless `label_dim`, if not 0, is their number."""
+    counts = torch.bincount(images.labels, minlength=len(images.class_names)).tolist()
+    names = images.class_names or ("",)
+    shown = [f"{name or '(no folder)'} {count}" for name, count in zip(names, counts)]
+    shown = ", ".join(shown if len(shown) <= 12 else [*shown[:11], f"and {len(shown) - 11} more"])
+    if label_dim:
+        splits = {"train", "test", "val", "valid", "validation"} & {name.lower() for name in names}
+        why = f"the data has {len(names)} class{'es' * (len(names) != 1)}"
+        why = "there are pictures beside the class folders" if "" in names[:-1] + names[1:] else why
+        why = f"{' and '.join(sorted(splits))} are parts of a data set, not classes" if splits else why
+        if label_dim != len(names) or splits or "" in names or 0 in counts:
+            raise UserError(f"--label_dim is {label_dim}, but {why}: found {shown}; --data_path names what holds the classes")
+    if len(names) > 1 or label_dim:
+        misc.log(f"classes: {shown}")
+    return names, tuple(counts)
+
+
+# -------------------------------------------------------------------------------------------------------- pixels
+
+
+def to_model(images, centered):
+    """uint8 images to float32 in [0, 1], or in [-1, 1] if centered."""
+    images = images.float() / 255
+    return 2 * images - 1 if centered else images
+
+
+def to_uint8(x, centered):
+    """The inverse: clamp, then floor(255 x + 0.5); on the CPU."""
+    x = (x.float() + 1) / 2 if centered else x.float()
+    return torch.floor(255 * x.clamp(0, 1) + 0.5).to(torch.uint8).cpu()
+
+
+def data_mean(images, centered, bsz=256, num_workers=0):
+    """Mean image, float32 (C, H, W) in the model's range: each rank adds up its share."""
+    mine = range(dist_util.rank(), len(images), dist_util.world_size())
+
+    def add_up():
+        total = torch.zeros(images.shape, dtype=torch.float64)
+        with misc.progress(len(mine), "data mean") as bar:
+            for batch, _ in read_ahead(images, (mine[i : i + bsz] for i in range(0, len(mine), bsz)), num_workers):
+                total += batch.double().sum(0)
+                bar.update(len(batch))
+        return total
+
+    # Sums of uint8 are exact in float64: every rank count gives the same mean.
+    mean = dist_util.sum_over_ranks(dist_util.agree(add_up)) / len(images) / 255
+    return (2 * mean - 1 if centered else mean).float()
+
+
+def one_hot(labels, label_dim):
+    """Labels (B,) to (B, label_dim) float32, or None for a model without classes."""
+    return torch.nn.functional.one_hot(labels, label_dim).float() if label_dim else None
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+class Batches:
+    """Index batches of one rank, without end, from optimizer step `start` on.
+
+    The data order is one stream of shuffled epochs, a function of the seed alone; step n takes its images from position
+    n global_bsz on, and rounds and ranks split them.  So a run that continues sees what it would have seen, and the
+    number of ranks and the size of a round do not change which images a step uses.
+    """
+
+    def __init__(self, length, seed, start, global_bsz, bsz):
+        self.length, self.seed, self.start, self.global_bsz, self.bsz = length, seed, start, global_bsz, bsz
+
+    def __iter__(self):
+        orders = {}
+        position = self.start * self.global_bsz + dist_util.rank() * self.bsz
+        while True:
+            indices = []
+            for p in range(position, position + self.bsz):
+                epoch = p // self.length
+                if epoch not in orders:
+                    orders = {e: o for e, o in orders.items() if e == epoch - 1}
+                    generator = torch.Generator().manual_seed(misc.derive_seed(self.seed, "order", epoch))
+                    orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
+                indices.append(orders[epoch][p % self.length])
+            yield indices
+            position += self.bsz * dist_util.world_size()
+
+
+def batches(images, data, train, start):
+    """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round, for this rank.
+
+    LoneError for an image that cannot be read.
+    """
+    order = Batches(len(images), train.seed, start, train.global_bsz, train.bsz)
+    try:
+        yield from read_ahead(images, order, data.num_workers, pin=torch.cuda.is_available())
+    except UserError as error:
+        raise LoneError(str(error)) from error
+
+
+def read_ahead(images, order, workers, pin=False):
+    """Yield images.batch(indices) for the lists of indices in `order`; so many threads read ahead, two batches each.
+
+    Threads, since decoding and disks leave Python's lock alone, and since they need no shared memory and die with the process.
+    """
+
+    def read(indices):
+        batch = images.batch(list(indices))
+        return tuple(part.pin_memory() for part in batch) if pin else batch
+
+    if not workers:
+        yield from map(read, order)
+        return
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for indices in order:
+            waiting.append(pool.submit(read, indices))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------- images that somebody has made
+
+
+def check_record(made_by):
+    """ValueError, AttributeError unless the record of how images were made, eval.json, holds sections of settings or none."""
+    if not all(isinstance(section, dict) for section in made_by.get("config", {}).values()):
+        raise ValueError("no configuration")
+
+
+def open_images(path):
+    """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty.
+
+    UserError if the folder lacks images that the record speaks of.
+    """
+    if Path(path).suffix == ".npz":
+        return load_array(path), {"source": str(path), "made_by": {}}
+    images = ImageFiles(path)
+    record, made_by = Path(path) / "eval.json", {}
+    if record.is_file():
+        try:
+            made_by = json.loads(record.read_text())
+            expected = made_by["end_seed"] - made_by["start_seed"] + 1
+            check_record(made_by)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{record} is damaged: make the images again, or remove it") from error
+        if len(images) != expected:
+            raise UserError(
+                f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of: the same eval.py "
+                "command makes the others"
+            )
+    return images, {"source": str(path), "made_by": made_by}

@@ -1,0 +1,207 @@
+"""A trained model and seeds, to images.
+
+model = generator.load_model("DDPMpp-000500.pth", {"num_steps": 1})
+images = model.images(range(64))             # uint8 (64, C, H, W)
+states = model.states(range(8))              # list of (8, C, H, W), from noise to data, in the model's range
+"""
+
+from dist_util import UserError
+
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+import dataset
+import defaults
+import misc
+import network
+import sde
+
+CHURN = ("churn", "s_min", "s_max", "gamma")
+
+
+@dataclass
+class Trained:
+    """A model ready to sample from: moving-average weights, evaluation mode, no gradients."""
+
+    model: network.Denoiser
+    config: defaults.Config
+    mean: torch.Tensor  # (C, H, W), zeros where the checkpoint does not say
+    step: int
+    path: str
+    knows_mean: bool = True
+
+    @property
+    def is_flow_map(self):
+        return self.config.task.mode == "characteristic"
+
+    def with_steps(self, num_steps):
+        """The same model, to be sampled in another number of steps."""
+        config = self.config.replace("sampling", num_steps=num_steps)
+        return Trained(self.model, config, self.mean, self.step, self.path, self.knows_mean)
+
+    def images(self, seeds):
+        """uint8 images (N, C, H, W) of a sequence of seeds."""
+        return torch.cat([images for _, images in generate(self, seeds)])
+
+    def states(self, seeds):
+        """The states (N, C, H, W) at all times of the grid, from noise to the images, in the model's range of pixels."""
+        return list(solve(self, seeds))
+
+    def record(self, seeds):
+        """How the images of these seeds are made: what eval.json and statistics hold about them."""
+        plain = defaults.to_dict(self.config)
+        if self.is_flow_map:  # which uses none of these
+            plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in ("ode_solver", "sde", *CHURN)}
+        return {
+            "checkpoint": str(self.path),
+            "sha256": misc.file_hash(self.path),
+            "step": self.step,
+            "nfe": nfe(self.config),
+            "start_seed": seeds[0],
+            "end_seed": seeds[-1],
+            "config": plain,
+        }
+
+
+def load_model(path, flags=(), device="cpu"):
+    """Trained model of a checkpoint, its settings overridden by explicit flags, a dict, where that makes sense.
+
+    A checkpoint without configuration (published by others) takes everything from flags and presets.  UserError where
+    flags, weights and configuration disagree.
+    """
+    content, flags = checkpoint.read(path), dict(flags)
+    two_times = any(".affine_s." in str(k) for k in content["ema"])
+    if "config" in content:
+        config = checkpoint.override(defaults.from_dict(content["config"]), flags, path)
+    else:
+        if "data_name" not in flags:
+            raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
+        mode = "characteristic" if two_times else "denoiser"
+        if flags.setdefault("mode", mode) != mode:
+            raise UserError(f"--mode is {flags['mode']}, but the weights in {path} are those of mode {mode}")
+        config = defaults.resolve(flags)
+    model = checkpoint.build_model(config)
+    checkpoint.load_weights(model.net, content["ema"], path)
+    mean = content.get("mean")
+    knows_mean = mean is not None
+    if not knows_mean:
+        misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
+        mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
+    checkpoint.check_mean(mean, config, path)
+    model = model.eval().requires_grad_(False).to(device)
+    return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
+
+
+def check_seeds(start, end):
+    """UserError unless start ... end are seeds of images: torch's CPU generator tells 2^32 seeds apart, and no more."""
+    if not 0 <= start <= end:
+        raise UserError(f"--start_seed {start} --end_seed {end}: seeds run from 0, start to end, both included")
+    if end - start >= 10**7 or end >= 2**32:
+        raise UserError(f"--start_seed {start} --end_seed {end}: at most 10000000 seeds, each below 2^32")
+
+
+class SeedNoise:
+    """Standard normals (B, *shape), image i from a generator of its own, seeded with seeds[i].
+
+    Drawn on the CPU, so that an image depends neither on its batch nor on the device.
+    """
+
+    def __init__(self, seeds, shape, device):
+        check_seeds(min(seeds), max(seeds))
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def trajectory(config, model, x, noise, label=None):
+    """Yield the states from x, at t = 1 - eval_eps1, to data, as the sampling settings say.
+
+    model(x, t [, s], label=label) is the denoiser, with s that of a flow map; noise() gives normals of x's shape.
+    """
+    sampling = config.sampling
+    t_max = 1 - sampling.eval_eps1
+
+    def denoise(x, t):
+        return model(x, t, label=label)
+
+    def churn(x, t):
+        if sampling.s_min <= t[0] <= sampling.s_max:
+            return sde.churn(x, t, sampling.gamma, t_max, noise)
+        return x, t
+
+    if config.task.mode == "characteristic":
+        step = lambda x, t, s: sde.transport(x, model(x, t, s, label=label), t, s)  # noqa: E731
+    elif sampling.sde:
+        step = lambda x, t, s: sde.ancestral_step(denoise, noise, x, t, s)  # noqa: E731
+    else:
+        solver = defaults.choose("ode_solver", sampling.ode_solver, sde.SOLVERS)
+        step = lambda x, t, s: solver(denoise, x, t, s)  # noqa: E731
+    ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
+    return sde.sample(step, x, ts, churn if sampling.churn else None)
+
+
+def nfe(config):
+    """Network evaluations that the sampling settings spend on an image: counted, with a number in the place of an image."""
+    calls = []
+
+    def model(x, t, s=None, label=None):
+        calls.append(t)
+        return x
+
+    for _ in trajectory(config, model, torch.zeros(1, 1), lambda: torch.zeros(1, 1)):
+        pass
+    return len(calls)
+
+
+@torch.inference_mode()
+def solve(trained, seeds):
+    """Yield the states (B, C, H, W), from noise to data, of the images with these seeds; the last are the images.
+
+    Draws of each image's generator: the latent, then its class if the model is conditional and none is asked for, then what
+    churn or the SDE need.
+    """
+    config, mean = trained.config, trained.mean
+    noise = SeedNoise(seeds, mean.shape, mean.device)
+    x, label_dim, label = sde.start(noise(), mean, config.sampling.eval_eps1), config.network.label_dim, None
+    if label_dim and config.sampling.class_idx >= 0:
+        label = torch.full((len(seeds),), config.sampling.class_idx, device=mean.device)
+    elif label_dim:
+        label = torch.cat([torch.randint(label_dim, (1,), generator=g) for g in noise.generators]).to(mean.device)
+    yield from trajectory(config, trained.model, x, noise, dataset.one_hot(label, label_dim))
+
+
+def generate(trained, seeds, desc="sampling", poll=None):
+    """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar.
+
+    poll() is called after each step of the solver: by raising, it ends work that takes long.
+    """
+    with misc.progress(len(seeds), desc) as bar:
+        for start in range(0, len(seeds), trained.config.sampling.eval_bsz):
+            batch = seeds[start : start + trained.config.sampling.eval_bsz]
+            for x in solve(trained, batch):  # noqa: B007 (the last is the images)
+                if poll:
+                    poll()
+            yield batch, dataset.to_uint8(x, trained.config.data.centered)
+            bar.update(len(batch))
+
+
+class Generated:
+    """The images of a trained model with these seeds, as a set to be measured that never touches the disk.
+
+    With StopSignals.poll as `poll`, the ranks that draw them stop together.
+    """
+
+    def __init__(self, trained, seeds, poll=None):
+        self.trained, self.seeds, self.poll = trained, seeds, poll
+
+    def __len__(self):
+        return len(self.seeds)
+
+    @property
+    def shape(self):
+        """(C, H, W) of the images."""
+        return tuple(self.trained.mean.shape)

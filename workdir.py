@@ -1,0 +1,364 @@
+"""A run's folder: what it holds, what the same command continues there, who may write to it, and its metrics.
+
+{workdir}/DDPMpp-{step}.pth, latest.pth     checkpoints; see checkpoint.py
+{workdir}/config.json                       the configuration, for people
+{workdir}/metrics.jsonl, loss.png           a line every log_freq steps, and what it looks like
+{workdir}/samples/{step}.png                grids of images
+{workdir}/.lock                             held by the run that writes here; says which jobs of torchrun have
+"""
+
+import dist_util
+from dist_util import LoneError, UserError
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint
+import defaults
+import generator
+import misc
+
+FREE = (  # what may change when the same run continues; docs/reliability.md says what bsz and train_steps do to it
+    *("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz"),
+)
+
+
+# -------------------------------------------------------------------------------------------- what a command will do
+
+
+@dataclass
+class Plan:
+    """What is to be trained, where, and from where on."""
+
+    config: defaults.Config
+    workdir: Path
+    saved: checkpoint.Saved | None  # the checkpoint to go on from
+    origin: dict | None  # path, sha256 and step of the checkpoint that the run in workdir began from with --resume
+    teacher: generator.Trained | None
+    teacher_file: dict | None  # path and sha256
+
+    @property
+    def in_place(self):
+        """Whether it continues what is in its own workdir."""
+        return self.saved is not None and self.saved.path.parent.resolve() == self.workdir.resolve()
+
+    @property
+    def start(self):
+        """Steps that are done already."""
+        return self.saved.step if self.saved else 0
+
+
+def make_plan(run, flags, device, agents):
+    """The Plan of a command, or UserError; `agents` are what dist_util.torchrun_agent() is on all ranks.
+
+    What --workdir holds is continued; --resume names what a new --workdir begins from; --fresh begins anew.  A run that
+    continues takes its settings from its checkpoint, a student its data and network from its teacher.
+    """
+    check_flags(run)
+    workdir = Path(run.workdir or default_workdir(run, flags))
+    held = None if begins_anew(run, workdir, agents) else load_last(workdir)
+    named = load_named(run, workdir, held)
+    saved = held or named
+    mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
+    if named and not held and flags.get("mode", mode) != mode:
+        raise UserError(
+            f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 begins with --teacher alone"
+        )
+    if mode == "characteristic":
+        names = {"num_steps": "grid_steps", "rho": "grid_rho"}  # in training these flags are of the grid that is learned
+        flags = {names.get(name, name): value for name, value in flags.items()}
+        if flags.get("label_dropout"):
+            raise UserError("--label_dropout is for stage 1: leave it out, since the flow map needs every label")
+    if saved:
+        again = f"choose another --workdir for a new run, or go on from here with --resume {saved.path} --workdir NEW"
+        strict = {"sections": tuple(defaults.SECTIONS), "free": FREE, "advice": f"leave them out, {again}"} if held else {}
+        config = checkpoint.override(saved.config, flags, saved.path, **strict)
+    teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
+    if not saved:
+        inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0} if teacher else {}
+        config = defaults.resolve({**inherited, **flags})
+    if saved and (saved.step > config.train.train_steps or saved.step == config.train.train_steps and not held):
+        raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
+    origin = held.origin if held else origin_of(named) if named else None
+    return Plan(config, workdir, saved, origin, teacher, teacher_file)
+
+
+def check_flags(run):
+    if run.resume and run.fresh:
+        raise UserError("--resume continues and --fresh begins anew: leave one out")
+    if run.force and not run.fresh:
+        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
+    if run.keep < 0:
+        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
+    if run.workdir:
+        misc.check_folder(run.workdir, "workdir")
+
+
+def default_workdir(run, flags):
+    """logs/{data_name}-{mode}, with what flags, --resume and --teacher say."""
+    said = {"data_name": "digits", "mode": "denoiser"}
+    if run.teacher and flags.get("mode") == "characteristic":
+        said["data_name"] = generator.load_model(
+            run.teacher, {k: v for k, v in flags.items() if k == "data_name"}
+        ).config.data.data_name
+    if run.resume:
+        config = checkpoint.load_run(run.resume).config
+        said = {"data_name": config.data.data_name, "mode": config.task.mode}
+    said |= flags
+    workdir = f"logs/{said['data_name']}-{said['mode']}"
+    misc.check_folder(workdir, "workdir")
+    return workdir
+
+
+def begins_anew(run, workdir, agents):
+    """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
+
+    Not if torchrun has started this job again: a restart is to go on.
+    """
+    if not run.fresh or not checkpoint.latest_checkpoint(workdir):
+        return run.fresh
+    if is_restart(workdir, agents):
+        return False
+    if not run.force:
+        raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
+    return True
+
+
+def is_restart(workdir, agents):
+    """Whether torchrun has started a job again that was at work in this folder: a process died, or a machine came or went.
+
+    The folder's .lock has a line for each process of torchrun that began a run here.  It is a restart if one of the present
+    processes is among them.  Where a shell lies between torchrun and the script, that process is unknown: then it is a restart
+    if torchrun has counted one and the job's id is among them.
+    """
+    try:
+        begun_by = (workdir / ".lock").read_text().splitlines()
+    except OSError:
+        return False
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and any(line.split(" ")[0] == job for line in begun_by)
+    return counted or any(agent in begun_by for agent in agents)
+
+
+def load_last(workdir):
+    """The Saved of a folder's last checkpoint, None without one; UserError says what to remove if it is lost or damaged."""
+    latest = checkpoint.latest_checkpoint(workdir)
+    if latest is None:
+        return None
+    if not latest.exists():
+        raise UserError(
+            f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
+            "continue from the last checkpoint there is"
+        )
+    try:
+        return checkpoint.load_run(latest)
+    except UserError as error:
+        raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
+
+
+def load_named(run, workdir, held):
+    """The Saved that --resume names, None without it or where the run in --workdir, `held`, began from that path.
+
+    UserError if --workdir holds a run that did not begin from it.
+    """
+    if not run.resume or held and held.origin and held.origin["path"] == os.path.abspath(run.resume):
+        return None  # the same command again: what was there may have gone on, or be gone
+    named = checkpoint.load_run(run.resume)
+    if held and named.path.parent.resolve() == workdir.resolve():
+        if named.path.name != "latest.pth":
+            raise UserError(f"--workdir {workdir} goes on from its last checkpoint: leave --resume out, or choose another")
+    elif held and not (held.origin and held.origin["sha256"] == misc.file_hash(named.path)):
+        raise UserError(f"--workdir {workdir} holds a run that did not begin from {named.path}: choose another folder")
+    return named
+
+
+def origin_of(saved):
+    return {"path": os.path.abspath(saved.path), "sha256": misc.file_hash(saved.path), "step": saved.step}
+
+
+def find_teacher(run, flags, mode, saved, device):
+    """(the denoiser that stage 2 distils, its file's path and sha256); (None, None) in stage 1.
+
+    A run that continues knows its teacher's file, and --teacher may be left out while that is the same.
+    """
+    if mode == "denoiser":
+        if run.teacher:
+            raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
+        return None, None
+    known = saved.teacher if saved else None
+    path = run.teacher or (known["path"] if known else None)
+    if not path:
+        raise UserError("--teacher is missing: stage 2 needs the checkpoint of stage 1")
+    if not run.teacher and not Path(path).is_file():
+        raise UserError(f"the teacher of {saved.path} is no longer at {path}: say where it is with --teacher")
+    own = {f.name for section in (defaults.Data, defaults.Network) for f in dataclasses.fields(section)}
+    teacher = generator.load_model(path, {k: v for k, v in flags.items() if k in own}, device)
+    if teacher.is_flow_map:
+        raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
+    digest = misc.file_hash(path)
+    if known and known["sha256"] != digest:
+        raise UserError(
+            f"{path} is not the teacher that {saved.path} began with: name that one with --teacher, or begin a new run"
+        )
+    return teacher, {"path": os.path.abspath(path), "sha256": digest}
+
+
+def check_data(images, plan):
+    """The fingerprint of the data; UserError if it is not that of the run that continues."""
+    found, saved = images.fingerprint(), plan.saved
+    if saved and saved.data != found:
+        differ = f"{len(images)} images, and had {saved.images}"
+        differ = differ if len(images) != saved.images else f"other images than the {saved.images} it had"
+        raise UserError(f"the data has {differ} in {saved.path}: name those with --data_path, or begin a new run")
+    return found
+
+
+def fit_to_ranks(plan, flags):
+    """The configuration with a --bsz that suits the ranks: a run that continues on others may need another; or UserError.
+
+    Says what is no longer as it would have been, and what may be a slip.
+    """
+    config, saved, world = plan.config, plan.saved, dist_util.world_size()
+    train = config.train
+    share, rest = divmod(train.global_bsz, world)
+    if saved and "bsz" not in flags and not rest and share % train.bsz:
+        config = defaults.resolve({"bsz": next(n for n in range(train.bsz, 0, -1) if share % n == 0)}, config)
+    elif train.global_bsz % (train.bsz * world):
+        fitting = f"; try --bsz {share}" if rest == 0 else ""
+        raise UserError(
+            f"--global_bsz is {train.global_bsz}: it must be a multiple of --bsz times the ranks, "
+            f"{train.bsz} x {world}{fitting}"
+        )
+    if train.lr_rampup_steps > train.train_steps:
+        misc.log(f"the warm-up of {train.lr_rampup_steps} steps is longer than the run of {train.train_steps}")
+    if saved and train.lr_decay == "cosine" and saved.config.train.train_steps != train.train_steps:
+        misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
+    if saved and (saved.ranks, saved.bsz) != (world, config.train.bsz):
+        misc.log(
+            f"continuing on {world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {saved.ranks} of {saved.bsz}: each "
+            "step sees the same images, but noise, dropout and stage 2's bank are other draws, so that the weights will not be "
+            "those of a run that went on as it was"
+        )
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------- the folder
+
+
+def lock(workdir):
+    """A handle on {workdir}/.lock that keeps other runs out of the folder for as long as this process lives.
+
+    UserError if another run is in the folder.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = open(workdir / ".lock", "a+")  # noqa: SIM115
+        for attempt in range(10, -1, -1):
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not attempt:
+                    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
+                time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
+            except OSError:  # a file system without locks
+                break
+    except OSError as error:
+        raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
+    return handle
+
+
+def prepare(plan, config, fresh, keep, agents):
+    """Make the folder ready for a run, and keep other runs out: returns the handle of lock().
+
+    Removes an earlier run if `fresh`, notes who begins here for is_restart(), and writes config.json and the lines of
+    metrics.jsonl that come before the first step.  It may be killed anywhere and started again: a `fresh` run's note is made
+    after everything is removed, so that a restart never takes what is left of the earlier run for its own.
+    """
+    folder, before = plan.workdir, history(plan)
+    handle = lock(folder)
+    if not fresh and checkpoint.latest_checkpoint(folder) != (plan.saved.path if plan.in_place else None):
+        raise UserError(f"--workdir {folder} has just been written to by another run: start the command again")
+    for place in (folder, folder / "samples"):
+        misc.remove_leftovers(place)
+    try:
+        if fresh:
+            handle.truncate(0)
+            names = ("latest.pth", "metrics.jsonl", "loss.png")
+            for path in (*checkpoint.checkpoints(folder), *(folder / name for name in names)):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(folder / "samples", ignore_errors=True)
+        handle.seek(0)  # to open the file again and close it would give up the lock
+        known = handle.read().splitlines()
+        handle.write("".join(f"{agent}\n" for agent in sorted(set(agents) - {None, *known})))
+        handle.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
+    if plan.in_place:  # it may have been killed before
+        checkpoint.remove_old(folder, keep)
+    misc.write_json(folder / "config.json", defaults.to_dict(config))
+    with misc.atomic(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in before))
+    return handle
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def read_metrics(workdir):
+    """The lines of metrics.jsonl as dicts, without a last one that a kill cut short; UserError if it is damaged."""
+    path = workdir / "metrics.jsonl"
+    try:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        lines = [json.loads(line) for line in lines]
+        if not all(type(line["step"]) is int for line in lines):
+            raise ValueError("a step that is no number")
+        return lines
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: repair it, or move it away") from error
+
+
+def history(plan):
+    """The lines of metrics.jsonl up to the step that a run goes on from, in its own folder or in that of --resume."""
+    return [line for line in read_metrics(plan.saved.path.parent) if line["step"] <= plan.start] if plan.saved else []
+
+
+def append_metrics(workdir, line):
+    """Add a line to metrics.jsonl; LoneError if the disk refuses."""
+    try:
+        with open(workdir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
+
+
+PANELS = {  # title: what a line of metrics.jsonl may call it
+    "denoising loss": ("denoising", "loss"),  # stage 1 logs it as its loss
+    "distance to the teacher's flow": ("distance",),
+    "learning rate": ("lr",),
+    "pixel FID": ("pixel_fid",),
+    "FID": ("fid",),
+}
+
+
+def draw_curves(workdir):
+    """loss.png from metrics.jsonl: a panel for each thing that it holds."""
+    lines, curves = read_metrics(workdir), {}
+    distils = any("distance" in line for line in lines)
+    for title, names in PANELS.items():
+        names = names[:1] if distils else names  # stage 2's loss is a sum whose weight drifts
+        points = [(line["step"], next(line[n] for n in names if n in line)) for line in lines if set(names) & set(line)]
+        if points:
+            curves[title] = points
+    if curves:
+        figure, axes = misc.new_figure(len(curves), 3.2 * len(curves), 2.8)
+        for ax, (title, points) in zip(axes, curves.items()):
+            ax.plot(*zip(*points), "." if len(points) == 1 else "-")
+            ax.set(title=title, xlabel="step", yscale="linear" if title == "learning rate" else "log")
+        misc.write_figure(workdir / "loss.png", figure, dpi=100)
