@@ -24,7 +24,6 @@ import misc
 import network
 
 FORMAT = 1
-LARGEST_NETWORK = 2e10  # parameters
 
 
 class EMA:
@@ -54,15 +53,11 @@ def build_model(config):
     try:
         with torch.device("meta"):  # no memory: how large would it be?
             size = sum(p.numel() for p in make().parameters())
-        if size > LARGEST_NETWORK:
-            raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
-        unet = make()
     except ValueError as error:  # of GroupNorm
         raise UserError(f"--model_channels {config.network.model_channels} does not suit the network: {error}") from error
-    return network.Denoiser(unet, sigma_data, M)
-
-
-# -------------------------------------------------------------------------------------------------- files in a folder
+    if size > 2e10:
+        raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
+    return network.Denoiser(make(), sigma_data, M)
 
 
 def checkpoints(workdir):
@@ -72,11 +67,7 @@ def checkpoints(workdir):
 
 
 def latest_checkpoint(workdir):
-    """What {workdir}/latest.pth points to; where that is missing, the last checkpoint; None without a checkpoint.
-
-    It is missing when the first checkpoint's process was killed before pointing to it, when it was lost in copying, and on
-    file systems without symbolic links.
-    """
+    """What {workdir}/latest.pth points to; the last checkpoint where that was lost or never made; None without any."""
     pointer = Path(workdir) / "latest.pth"
     if pointer.is_symlink():
         return pointer.parent / os.readlink(pointer)
@@ -95,17 +86,14 @@ def point_to(path):
 
 
 def remove_old(workdir, keep):
-    """Keep a folder's last `keep` checkpoints, or all if 0, counted back from the one that latest.pth points to.
+    """Keep a folder's last `keep` checkpoints, or all if 0, up to the one that latest.pth points to.
 
-    A later one may be there: its run was killed between writing it and pointing to it.  It stays; it will be written again.
+    A later one stays too.  Its run was killed before pointing to it, and will write it again.
     """
     known, latest = checkpoints(workdir), latest_checkpoint(workdir)
     known = known[: known.index(latest) + 1] if latest in known else []
     for old in known[:-keep] if keep else []:
         old.unlink(missing_ok=True)  # somebody else may have removed it
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read(path):
@@ -122,8 +110,8 @@ def read(path):
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}; name a .pth file") from error
     except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
-        reason = f"{path} is not a checkpoint of tensors and plain values, or it is damaged"
-        raise UserError(reason + _kind(path, error)) from error
+        why = _kind(path, str(error))
+        raise UserError(f"{path} is not a checkpoint of tensors and plain values, or it is damaged{why}") from error
     content = find_weights(content, path)
     step, written = content.get("step", 0), content.get("format", FORMAT)
     if type(step) is not int or not 0 <= step < 2**63:
@@ -136,17 +124,15 @@ def read(path):
 
 
 def _kind(path, error):
-    """What a file is that cannot be loaded, and what to do."""
+    """What a file is that torch cannot load, and what to do; empty if unknown."""
     with open(path, "rb") as file:
-        head = file.read(9)
-    found = re.search(r"GLOBAL ([\w.]+)|Can only build Tensor.*?type ([\w.]+)", str(error))
-    if head[8:] == b"{":
-        return ": it looks like a safetensors file; load it with that package and torch.save its dict of tensors"
-    if found and "numpy" in found[0]:
-        return f": it holds numpy values ({found[1]}); save tensors, ints and floats instead"
-    if found:
-        return f": it holds Python objects ({found[1] or found[2]}), which are never loaded; torch.save the state dict instead"
-    return ""
+        if file.read(9)[8:] == b"{":
+            return ": it looks like safetensors; load it with that package and torch.save its dict of tensors"
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    if not found:
+        return ""
+    kind = "numpy values" if "numpy" in found[1] else "Python objects, which are never loaded"
+    return f": it holds {kind} ({found[1]}); torch.save the state dict of tensors, and plain numbers, instead"
 
 
 def find_weights(content, path):
@@ -188,16 +174,15 @@ def load_weights(net, state, path):
 
     def differ(names, what):
         if names:
-            wrong.append(f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} {what(names[0])}")
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            wrong.append(f"{', '.join(names[:3])}{more} {what(names[0])}")
 
     both = [k for k in own if k in state]
     shapes = {k: tuple(getattr(state[k], "shape", ())) for k in both}
-    differ([k for k in own if k not in state], lambda _: "missing" if len(own) - len(both) > 1 else "is missing")
-    differ([k for k in state if k not in own], lambda _: "unknown" if len(state) - len(both) > 1 else "is unknown")
-    differ(
-        [k for k in both if not isinstance(state[k], torch.Tensor) or shapes[k] != own[k].shape],
-        lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}",
-    )
+    differ([k for k in own if k not in state], lambda _: "is missing")
+    differ([k for k in state if k not in own], lambda _: "is unknown")
+    other = [k for k in both if not isinstance(state[k], torch.Tensor) or shapes[k] != own[k].shape]
+    differ(other, lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
     if not wrong:
         differ([k for k in both if not state[k].is_floating_point()], lambda k: f"holds {state[k].dtype}")
     if not wrong:
@@ -210,14 +195,12 @@ def load_weights(net, state, path):
 def override(config, flags, path, sections=("task", "data", "network"), free=("dropout", "label_dropout"), advice=None):
     """The configuration of the checkpoint `path` with explicit flags over it.
 
-    UserError with the list of the flags that differ in these sections: by default in what shaped the weights and cannot be
-    another.  Flags in `free`, or of where and how the data is read, may always differ.
+    UserError that lists the flags that differ in these sections, by default those that fix what the weights can be.  Flags in
+    `free`, and those of where and how the data is read, may differ.
     """
     free = ("data_path", "num_workers", *free)
     settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
-    different = [
-        f"--{key} is {flags[key]} and was {value}" for key, value in settings.items() if flags.get(key, value) != value
-    ]
+    different = [f"--{key} is {flags[key]} and was {old}" for key, old in settings.items() if flags.get(key, old) != old]
     if different:
         raise UserError(f"{path} was made with other settings: {'; '.join(different)}: {advice or 'leave them out'}")
     return defaults.resolve(flags, config)
@@ -227,7 +210,7 @@ def check_mean(mean, config, path):
     """UserError unless the mean that a checkpoint holds is that of images of its configuration."""
     shape = (config.data.image_channels, config.data.image_size, config.data.image_size)
     fits = isinstance(mean, torch.Tensor) and tuple(mean.shape) == shape and mean.dtype == torch.float32
-    if not fits or not mean.isfinite().all():
+    if not (fits and mean.isfinite().all()):
         raise UserError(f"{path} is damaged: its mean is not a finite image of {shape}")
 
 
@@ -260,12 +243,11 @@ class Window:
         return {"steps": self.steps, "skipped": self.skipped, "sums": sums}
 
     def restore(self, content):
-        """The inverse; where the number of ranks is another, each takes the mean."""
+        """The inverse; on another number of ranks each takes the mean of what they had."""
         ranks = content["sums"]
-        if len(ranks) == dist_util.world_size():
-            mine = ranks[dist_util.rank()]
-        else:
-            mine = {name: sum(sums[name] for sums in ranks) / len(ranks) for name in ranks[0]}
+        if len(ranks) != dist_util.world_size():
+            ranks = [{name: sum(s[name] for s in ranks) / len(ranks) for name in ranks[0]}] * dist_util.world_size()
+        mine = ranks[dist_util.rank()]
         self.sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in mine.items()}
         self.steps, self.skipped = content["steps"], content["skipped"]
 
@@ -296,22 +278,21 @@ def load_run(path):
         raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
     config, run = defaults.from_dict(content["config"]), content["run"]
     check_mean(content["mean"], config, path)
+    kinds = lambda values: {name: type(value) for name, value in values.items()}  # noqa: E731
     weights = {name: content[name] for name in ("model", "ema", "optim")}
     try:
         saved = Saved(Path(path), config, content.get("step", 0), content["mean"], **run, weights=weights)
-        sums, files = (
-            saved.window["sums"],
-            {"origin": {"path": str, "sha256": str, "step": int}, "teacher": {"path": str, "sha256": str}},
-        )
+        sums, origin, teacher = saved.window["sums"], saved.origin, saved.teacher
         counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, saved.window["steps"], saved.window["skipped"]]
-        whole = all(type(n) is int and 0 <= n < 2**63 for n in counts) and len(sums) == saved.ranks
-        for part in sums:  # each rank's, of the same names
-            whole = whole and part.keys() == sums[0].keys() and set(map(type, part)) <= {str}
-            whole = whole and all(type(value) is float and math.isfinite(value) for value in part.values())
-        for name, kinds in files.items():
-            given = getattr(saved, name)
-            whole = whole and (given is None or {key: type(value) for key, value in given.items()} == kinds)
-        if not whole:
+        numbers = [value for part in sums for value in part.values()]
+        whole = [
+            len(sums) == saved.ranks and all(type(n) is int and 0 <= n < 2**63 for n in counts),
+            all(part.keys() == sums[0].keys() and set(map(type, part)) <= {str} for part in sums),
+            all(type(value) is float and math.isfinite(value) for value in numbers),
+            origin is None or kinds(origin) == {"path": str, "sha256": str, "step": int},
+            teacher is None or kinds(teacher) == {"path": str, "sha256": str},
+        ]
+        if not all(whole):
             raise ValueError("values of another kind")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
@@ -342,19 +323,17 @@ class TrainingState:
 
     def _load_optimizer(self, state, path):
         """load_state_dict but for the settings, which stay; UserError unless every parameter has its state."""
-        parameters = list(self.model.parameters())
+        parameters, whole, fits = list(self.model.parameters()), True, True
         try:
-            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(parameters))]
-            whole = len(state["state"]) == len(states) and all(
-                s.keys() == {"step", "exp_avg", "exp_avg_sq"}
-                and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())
-                and (s["step"].shape == () and s["step"] >= 0 and (s["exp_avg_sq"] >= 0).all())
-                for s in states
-            )
+            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"]))]
+            for s in states:
+                whole = whole and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and s["step"].shape == () and s["step"] >= 0
+                whole = whole and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())
+                whole = whole and bool((s["exp_avg_sq"] >= 0).all())
             fits = all(s[k].shape == p.shape for p, s in zip(parameters, states) for k in ("exp_avg", "exp_avg_sq"))
         except Exception as error:  # whatever another dict runs into
             raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
-        if not whole or not fits:
+        if not whole or not fits or len(states) != len(parameters):
             why = "it is damaged" if not whole else "it is that of another network"
             raise UserError(f"{path} does not hold the optimizer of this run: {why}")
         groups = self.optim.state_dict()["param_groups"]
@@ -368,8 +347,7 @@ class TrainingState:
     def save(self, workdir, keep=0):
         """{workdir}/DDPMpp-{step}.pth, atomically; returns the path.  All ranks call this together; the first one writes.
 
-        Then latest.pth is pointed to it, and of the checkpoints the last `keep` are kept, all if 0.  In this order, each
-        waiting for the disk, so that latest.pth never points to what is not there, or not whole.
+        Only then latest.pth is pointed to it, and only then old ones are removed: what latest.pth points to is always whole.
         """
         path = Path(workdir) / f"DDPMpp-{self.step:06d}.pth"
         run = {"ranks": dist_util.world_size(), "bsz": self.config.train.bsz, **self.facts}
@@ -387,10 +365,7 @@ class TrainingState:
         }
 
         def write():
-            with (
-                misc.atomic(path) as temporary,
-                open(temporary, "wb") as file,
-            ):  # given a name, torch would write it into the file
+            with misc.atomic(path) as temporary, open(temporary, "wb") as file:  # torch would write a name into the file
                 torch.save(content, file)
             point_to(path)
             remove_old(workdir, keep)

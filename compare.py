@@ -21,7 +21,7 @@ import defaults
 import fid
 import generator
 import misc
-from defaults import setting
+from defaults import file, setting
 
 TITLES = {"denoiser": "denoiser, ODE", "characteristic": "flow map"}
 
@@ -30,20 +30,14 @@ TITLES = {"denoiser": "denoiser, ODE", "characteristic": "flow map"}
 class Run(fid.InceptionFile):
     """comparison"""
 
-    denoiser: str | None = setting(None, "checkpoint of the denoiser", path="")
-    characteristic: str | None = setting(None, "checkpoint of the flow map", path="")
+    denoiser: str | None = file("checkpoint of the denoiser")
+    characteristic: str | None = file("checkpoint of the flow map")
     dest: str = setting("compare.png", "PNG file for the picture", path=".png")
     num_steps: tuple[int, ...] = setting((1, 2, 5, 10, 20), "numbers of steps to compare")
     nsampling: int = setting(8, "rows of the picture: seeds from 0")
-    ref_path: str | None = setting(
-        None, "npz file with the reference's statistics (fid.py --mode ref), for the curves", path=""
-    )
+    ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for the curves")
     end_seed: int = setting(1799, "last seed, included, of the images scored for the curves")
-    images: str | None = setting(
-        None,
-        "folder with the images of eval.py in folders {mode}-{steps}, to score those instead of making them again",
-        path="",
-    )
+    images: str | None = file("folder with images of eval.py in folders {mode}-{steps}, to score instead of making them again")
 
 
 def draw_images(models, run):
@@ -75,7 +69,7 @@ def image_statistics(trained, mode, steps, extract, run):
     different = [k for k in sampling if k != "eval_bsz" and found.get(k) != sampling[k]]  # which changes no image
     if made_by.get("sha256") != record["sha256"] or different:
         raise UserError(
-            f"{folder} was made from another checkpoint or with other {', '.join(different) or 'weights'}: make it again"
+            f"{folder} was made from another checkpoint or with other {', '.join(different or ['weights'])}: make it again"
         )
     return fid.measure(images, extract)
 
@@ -83,16 +77,14 @@ def image_statistics(trained, mode, steps, extract, run):
 def score(models, run, device):
     """The rows of the curves' table: mode, nfe, n, features, fid."""
     reference = fid.read_statistics(run.ref_path)
-    features = fid.choose_features("auto", None, reference)
-    extract = fid.load_features(features, device, run.inception_weights, run.download)
-    shape = models["denoiser"].mean.shape
-    fid.check_comparable(reference, extract.dimension(shape), fid.metadata_of(extract, shape, run.end_seed + 1))
-    rows = []
+    extract, rows = fid.extractor(reference, models["denoiser"].mean.shape, run.end_seed + 1, device, run), []
     for mode, trained in models.items():
         for steps in run.num_steps:
             images = image_statistics(trained, mode, steps, extract, run)
             row = {"mode": mode, "nfe": generator.nfe(trained.with_steps(steps).config), "n": images.metadata["n"]}
-            rows.append({**row, "features": features, "fid": f"{fid.frechet_distance(reference, images):.4f}"})
+            rows.append(
+                {**row, "features": extract.metadata["features"], "fid": f"{fid.frechet_distance(reference, images):.4f}"}
+            )
     if len({row["n"] for row in rows}) > 1:
         raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
     return rows
@@ -125,9 +117,7 @@ def main():
         raise UserError("--num_steps takes numbers from 1, --nsampling and --end_seed are at least 1")
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
-            raise UserError(
-                "compare.py runs with python, not with torchrun; let torchrun eval.py make the images, see --images"
-            )
+            raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")
         models = {}
         for mode in ("denoiser", "characteristic"):
             models[mode] = generator.load_model(getattr(run, mode), flags, device)

@@ -7,6 +7,7 @@ A data set has a length, `shape` (C, H, W), `labels` (N,), `class_names` (one or
 import dist_util
 from dist_util import LoneError, UserError
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -29,18 +30,14 @@ import misc
 
 
 class MemoryImages:
-    """uint8 images (N, C, H, W) and int64 labels (N,) held in memory; of class 0 where no labels are given."""
+    """uint8 images (N, C, H, W) and int64 labels (N,), or class 0, held in memory."""
 
     def __init__(self, images, labels=None, class_names=()):
-        self.images, self.class_names = images, class_names
+        self.images, self.class_names, self.shape = images, class_names, tuple(images.shape[1:])
         self.labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
 
     def __len__(self):
         return len(self.images)
-
-    @property
-    def shape(self):
-        return tuple(self.images.shape[1:])
 
     def fingerprint(self):
         """SHA-256 of images and labels: what a run that continues compares."""
@@ -52,8 +49,6 @@ class MemoryImages:
         return self.images[indices], self.labels[indices]
 
 
-# ------------------------------------------------------------------------------------------------------ image files
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that Pillow may try, whatever a name says: fewer decoders for hostile files
 OURS = ("eval.json", "dataset.json")  # files that may lie beside images
@@ -62,11 +57,10 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pix
 
 
 def decode(data, upright=False):
-    """Pillow image in mode L or RGB from the bytes of a file; ValueError or OSError saying why it cannot be one.
+    """Pillow image in mode L or RGB from the bytes of a file, `upright` if asked; ValueError or OSError if it is none.
 
-    Black and white becomes grey, palettes become RGB, opaque alpha is dropped, and of a phone's MPO file the first picture is
-    taken: nothing of it is lost.  What would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
-    With `upright` it is turned as its EXIF orientation says.
+    Black and white becomes grey, palettes become RGB, opaque alpha is dropped, a phone's MPO file is its first picture: nothing
+    is lost.  What would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
     """
     deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # Pillow would drop the low bits of 16 without a word
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -74,11 +68,9 @@ def decode(data, upright=False):
             raise ValueError(f"it has {image.n_frames} frames: keep one of them")
         image.load()
     if deep or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-        depth = "16 bits" if deep else f"mode {image.mode}"
-        raise ValueError(f"it has {depth}: convert it to 8-bit grey or RGB first")
-    if upright:
-        with suppress(Exception):  # a damaged tag is none
-            image = ImageOps.exif_transpose(image)
+        raise ValueError(f"it has {'16 bits' if deep else f'mode {image.mode}'}: convert it to 8-bit grey or RGB first")
+    with suppress(Exception):  # a damaged tag is none
+        image = ImageOps.exif_transpose(image) if upright else image
     if image.mode in ("LA", "RGBA") or "transparency" in image.info:
         if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise ValueError("it has transparent pixels: put it on a background first")
@@ -99,10 +91,9 @@ def _in_folder(folder):
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
             continue
+        classes = classes if seen else [name for name in folders if not name.startswith(".")]
         seen.add((here.st_dev, here.st_ino))
-        inside = os.path.relpath(place, folder).replace(os.sep, "/")
-        names += files if inside == "." else [f"{inside}/{name}" for name in files]
-        classes = classes or list(folders)
+        names += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in files]
     return names, classes
 
 
@@ -124,14 +115,13 @@ class ImageFiles:
     """Images of a flat folder, of class folders (nested or not) or of a zip of either, in the order of their names.
 
     The class is the first folder level under `path`, where there is one, or what EDM's dataset.json says.  With `size` and
-    `channels`, as training wants it, images are turned upright, cropped to their central square, resized (Lanczos) and
-    converted.  Without, as scores want it, images are taken as they are and must be alike.  decode() says which kinds are
-    read.  Other files are passed over.
+    `channels`, for training, images are turned upright, cropped to their central square, resized (Lanczos) and converted.
+    Without, for scores, they are taken as they are and must be alike.  Other files are passed over.
     """
 
     def __init__(self, path, size=None, channels=None):
         self.path, self.size, self.channels = Path(path), size, channels
-        self.archive = self.first_shape = None
+        self.archive, self.first_shape, self.labelled_by = None, None, []
         try:
             if self.path.is_dir():
                 names, folders = _in_folder(self.path)
@@ -153,32 +143,27 @@ class ImageFiles:
         if others:
             count = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
             misc.log(f"warning: {self.path} holds {count} and {len(others)} other files, such as {others[0]}: passed over")
-        if "dataset.json" not in visible or not self._take_labels():
-            places = [n.split("/")[0] if "/" in n else "" for n in self.names]
-            self.class_names = tuple(sorted({*places, *(f for f in folders if not f.startswith("."))}))
-            index = {name: i for i, name in enumerate(self.class_names)}
-            self.labels = torch.tensor([index[place] for place in places])
+        if "dataset.json" in visible:
+            self.labelled_by = ["dataset.json"]
+            return self._take_labels()
+        places = [n.split("/")[0] if "/" in n else "" for n in self.names]
+        self.class_names = tuple(sorted({*places, *folders}))
+        numbers = {name: i for i, name in enumerate(self.class_names)}
+        self.labels = torch.tensor([numbers[place] for place in places])
 
     def _take_labels(self):
-        """Labels and classes of EDM's dataset.json, {"labels": [[name, class number], ...]}; False where it has none."""
+        """Labels and classes of EDM's dataset.json, {"labels": [[name, class number], ...]}; null is one class."""
         try:
             listed = json.loads(self.use("dataset.json", lambda data: data))["labels"]
-            if not listed:
-                self.labels, self.class_names = torch.zeros(len(self.names), dtype=torch.long), ()
-                return True
-            labels = dict(listed)
+            labels = dict(listed or dict.fromkeys(self.names, 0))
             self.labels = torch.tensor([labels[name] for name in self.names])
-            if (
-                self.labels.dtype != torch.long
-                or self.labels.ndim != 1
-                or not 0 <= self.labels.min() <= self.labels.max() < 2**20
-            ):
+            kinds = {type(labels[name]) for name in self.names}
+            if kinds != {int} or not 0 <= self.labels.min() <= self.labels.max() < 2**20:
                 raise ValueError("labels are not class numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             missing = f"{error} has no label" if isinstance(error, KeyError) else error
             raise UserError(f"dataset.json in {self.path} does not label these images: {missing}; mend or remove it") from error
         self.class_names = tuple(map(str, range(int(self.labels.max()) + 1)))
-        return True
 
     def __len__(self):
         return len(self.names)
@@ -210,7 +195,7 @@ class ImageFiles:
         All files would take as long as reading them.  Packing a folder into a zip changes nothing.
         """
         digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
-        for name in self.sample():
+        for name in [*self.sample(), *self.labelled_by]:
             digest.update(self.use(name, lambda data: data))
         return digest.hexdigest()
 
@@ -222,7 +207,7 @@ class ImageFiles:
                 found.append(self.use(name, lambda data: Image.open(io.BytesIO(data), formats=FORMATS)))
         small = {f"{i.width}x{i.height}" for i in found if min(i.size) < self.size}
         if small:
-            yield f"images of {min(small)} pixels are enlarged to {self.size}: a smaller --image_size holds all there is in them"
+            yield f"images of {min(small)} pixels are enlarged to {self.size}: a smaller --image_size would hold all of them"
         if self.channels == 3 and found and all(i.mode in ("1", "L", "LA") for i in found):
             yield "the images are grey, and the model is trained in colour: --image_channels 1 is for grey"
 
@@ -231,12 +216,8 @@ class ImageFiles:
         training = self.size is not None
         image = self.use(self.names[index], lambda data: decode(data, upright=training))
         if training:
-            image = image.convert("L" if self.channels == 1 else "RGB")
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            if image.size != (self.size, self.size):
-                box = (left, top, left + side, top + side)
-                image = image.resize((self.size, self.size), Image.Resampling.LANCZOS, box=box)
+            size, mode = (self.size, self.size), "L" if self.channels == 1 else "RGB"
+            image = ImageOps.fit(image.convert(mode), size, Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image))
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
@@ -245,10 +226,8 @@ class ImageFiles:
         for i, image in zip(indices, images):
             if tuple(image.shape) != self.shape:
                 first, other = ("x".join(map(str, (*shape[1:], shape[0]))) for shape in (self.shape, image.shape))
-                raise UserError(
-                    f"images of different sizes or colours among the {len(self)} in {self.path}: "
-                    f"{self.names[0]} is {first}, {self.names[i]} is {other}"
-                )
+                named = f"{self.names[0]} is {first}, {self.names[i]} is {other}"
+                raise UserError(f"images of different sizes or colours among the {len(self)} in {self.path}: {named}")
         return torch.stack(images), self.labels[indices]
 
 
@@ -257,14 +236,10 @@ class ArrayOnDisk:
 
     def __init__(self, path, offset, shape):
         self.path, self.offset, self.array_shape = path, offset, shape
+        self.shape = (shape[3], *shape[1:3])
 
     def __len__(self):
         return self.array_shape[0]
-
-    @property
-    def shape(self):
-        height, width, channels = self.array_shape[1:]
-        return channels, height, width
 
     def batch(self, indices):
         array = np.memmap(self.path, np.uint8, "r", self.offset, self.array_shape)  # of this batch alone: pages go when it does
@@ -328,7 +303,6 @@ def load_array(path):
     return array if isinstance(array, ArrayOnDisk) else MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------- data sets
 # A data set is loaded by a function of the settings (defaults.Data) and of whether missing files may be downloaded.
 
 
@@ -387,43 +361,41 @@ def load_cifar(data, download):
 
 def _fetch(name, data, wanted):
     """Let rank 0 download a data set of torchvision's; a failure leaves no empty folders."""
+    root = Path(data.data_path)
 
     def fetch():
         from torchvision import datasets
 
-        root = Path(data.data_path)
-        above = [p for p in (root / "MNIST" / "raw", root / "MNIST", root) if not p.exists()]
+        missing = [p for p in (root / "MNIST" / "raw", root / "MNIST", root) if not p.exists()]
         try:
             getattr(datasets, name)(root, train=True, download=True)
         except (RuntimeError, OSError) as error:  # URLError is an OSError
             misc.log(f"{name} could not be downloaded: {' '.join(str(error).split())}")
-        for folder in above:
-            with suppress(OSError):
-                folder.rmdir()
+            for folder in missing:
+                with suppress(OSError):
+                    folder.rmdir()
 
     if any(dist_util.gather(wanted)):
         dist_util.on_first_rank(fetch)
 
 
 def _fail(name, folder, files, other=()):
-    there = f"; {', '.join(other)} there {'is' if len(other) == 1 else 'are'} not the published" if other else ""
-    raise UserError(
-        f"{name} is not in {folder.absolute()}{there}: put {files} there, say another --data_path, or use --data_name digits"
-    )
+    there = f" (other files than the published: {', '.join(other)})" if other else ""
+    advice = f"put {files} there, say another --data_path, or use --data_name digits"
+    raise UserError(f"{name} is not in {folder.absolute()}{there}: {advice}")
 
 
 def load_afhq(data, download):
     path = Path(data.data_path) / "afhq" / "train"
-    return load_files(path, data, "unpack AFHQ so that it holds cat/, dog/ and wild/, or use --data_name digits")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: unpack AFHQ so that it holds cat/, dog/ and wild/")
+    return load_folder(dataclasses.replace(data, data_path=str(path)), download)
 
 
 def load_folder(data, download):
-    return load_files(Path(data.data_path), data, "--data_path names the folder or zip of images, or use --data_name digits")
-
-
-def load_files(path, data, advice):
+    path, advice = Path(data.data_path), "--data_path names what holds the images, or use --data_name digits"
     try:
-        if not path.exists() or data.data_name == "afhq" and not path.is_dir():
+        if not path.exists():
             raise UserError(f"{path.absolute()} is missing: {advice}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
@@ -434,7 +406,7 @@ DATASETS = {"digits": load_digits, "mnist": load_mnist, "cifar": load_cifar, "af
 
 
 def load(data, download=True):
-    """The training images of `--data_name`, defaults.Data; missing files are downloaded where that is possible."""
+    """The training images of the settings defaults.Data; missing files are downloaded where that is possible."""
     return DATASETS[data.data_name](data, download)
 
 
@@ -454,9 +426,6 @@ def check_classes(images, label_dim):
     if len(names) > 1 or label_dim:
         misc.log(f"classes: {shown}")
     return names, tuple(counts)
-
-
-# -------------------------------------------------------------------------------------------------------- pixels
 
 
 def to_model(images, centered):
@@ -493,15 +462,11 @@ def one_hot(labels, label_dim):
     return torch.nn.functional.one_hot(labels, label_dim).float() if label_dim else None
 
 
-# ------------------------------------------------------------------------------------------------------- batches
-
-
 class Batches:
     """Index batches of one rank, without end, from optimizer step `start` on.
 
-    The data order is one stream of shuffled epochs, a function of the seed alone; step n takes its images from position
-    n global_bsz on, and rounds and ranks split them.  So a run that continues sees what it would have seen, and the
-    number of ranks and the size of a round do not change which images a step uses.
+    The order is one stream of shuffled epochs, a function of the seed alone.  Step n takes its images from position
+    n global_bsz on; its rounds and ranks split them, so that their numbers do not change which images a step uses.
     """
 
     def __init__(self, length, seed, start, global_bsz, bsz):
@@ -514,7 +479,7 @@ class Batches:
             indices = []
             for p in range(position, position + self.bsz):
                 epoch = p // self.length
-                if epoch not in orders:
+                if epoch not in orders:  # one or two are remembered
                     orders = {e: o for e, o in orders.items() if e == epoch - 1}
                     generator = torch.Generator().manual_seed(misc.derive_seed(self.seed, "order", epoch))
                     orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
@@ -536,7 +501,7 @@ def batches(images, data, train, start):
 
 
 def read_ahead(images, order, workers, pin=False):
-    """Yield images.batch(indices) for the lists of indices in `order`; so many threads read ahead, two batches each.
+    """Yield images.batch(indices) for the lists of indices in `order`; each of the `workers`, threads, reads two batches ahead.
 
     Threads, since decoding and disks leave Python's lock alone, and since they need no shared memory and die with the process.
     """
@@ -558,9 +523,6 @@ def read_ahead(images, order, workers, pin=False):
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-# --------------------------------------------------------------------------------------- images that somebody has made
 
 
 def check_record(made_by):
@@ -586,8 +548,6 @@ def open_images(path):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{record} is damaged: make the images again, or remove it") from error
         if len(images) != expected:
-            raise UserError(
-                f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of: the same eval.py "
-                "command makes the others"
-            )
+            held = f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of"
+            raise UserError(f"{held}: the same eval.py command makes the others")
     return images, {"source": str(path), "made_by": made_by}

@@ -14,17 +14,26 @@ import typing
 from dataclasses import dataclass, field, fields
 
 
-def setting(default, help, choices=None, least=None, most=None, between=None, path=None, flag=True):
+def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True):
     """A field that is a setting.
 
+    limits    least and greatest value: more would be a slip, and would fill the memory or take for ever
     choices   the values allowed
-    least     least and `most` greatest value allowed: more would be a slip, and would fill the memory or take for ever
     between   (low, high), both excluded
-    path      a file or folder, in which `~` is home; a text such as ".npz" is added to names that do not end in it
+    path      for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or ""
     flag      False for what is recorded, and no flag
     """
-    limits = {"choices": choices, "least": least, "most": most, "between": between}
+    least, most = limits
+    limits = {"least": least, "most": most, "choices": choices, "between": between}
     return field(default=default, metadata={"help": help, "path": path, "flag": flag, **limits})
+
+
+def file(help, ending=""):
+    """A setting that is a file or a folder."""
+    return setting(None, help, path=ending)
+
+
+MANY, SHARE, TIME = 2**31, (0, 1), (1e-8, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -36,8 +45,8 @@ class Task:
 
     mode: str = setting(
         "denoiser",
-        "denoiser: stage 1, train the denoiser; characteristic: stage 2, distil it into the flow map",
-        ("denoiser", "characteristic"),
+        "train.py: denoiser for stage 1, characteristic for stage 2; elsewhere the checkpoint knows it, and another is refused",
+        choices=("denoiser", "characteristic"),
     )
 
 
@@ -45,21 +54,17 @@ class Task:
 class Data:
     """data"""
 
-    data_name: str = setting("digits", "data set", lambda: tuple(DATA_PRESETS))
+    data_name: str = setting("digits", "data set", choices=lambda: tuple(DATA_PRESETS))
     data_path: str = setting(
         "data",
         "where the images are; mnist, cifar: folder of the torchvision files, filled if missing; afhq: holds "
         "afhq/train/{cat,dog,wild}; folder: a flat folder, class folders or a zip of images; digits: not used",
         path="",
     )
-    image_size: int = setting(
-        64, "height and width in pixels (afhq, folder: images are cropped to squares and resized)", least=1, most=4096
-    )
-    image_channels: int = setting(3, "1 for grey, 3 for colour (free for folder alone)", (1, 3))
+    image_size: int = setting(64, "pixels of a side (free for afhq and folder, which are cropped and resized)", (1, 4096))
+    image_channels: int = setting(3, "1 for grey, 3 for colour (free for folder alone)", choices=(1, 3))
     centered: bool = setting(True, "pixels scaled to [-1, 1] instead of [0, 1]")
-    num_workers: int = setting(
-        0, "threads that read images ahead, per rank; 0 reads them when they are needed", least=0, most=1024
-    )
+    num_workers: int = setting(0, "threads that read images ahead, per rank; 0 reads them when they are needed", (0, 1024))
     class_names: tuple[str, ...] = setting((), "the classes found in the data, in the order of their numbers", flag=False)
     class_counts: tuple[int, ...] = setting((), "how many images each of them has", flag=False)
 
@@ -68,16 +73,16 @@ class Data:
 class Network:
     """network"""
 
-    architecture: str = setting("ddpmpp", "U-Net of Song et al. in its DDPM++ or NCSN++ form", ("ddpmpp", "ncsnpp"))
-    model_channels: int = setting(128, "channels at full resolution, before --channel_mult", least=1, most=2**16)
+    architecture: str = setting("ddpmpp", "U-Net of Song et al., DDPM++ or NCSN++", choices=("ddpmpp", "ncsnpp"))
+    model_channels: int = setting(128, "channels at full resolution, before --channel_mult", (1, 2**16))
     channel_mult: tuple[int, ...] = setting((1, 2, 2, 2), "channels at each resolution, in model_channels")
-    channel_mult_emb: int = setting(4, "width of the embeddings of time and label, in model_channels", least=1, most=1024)
-    num_blocks: int = setting(4, "residual blocks at each resolution", least=1, most=1024)
+    channel_mult_emb: int = setting(4, "width of the embeddings of time and label, in model_channels", (1, 1024))
+    num_blocks: int = setting(4, "residual blocks at each resolution", (1, 1024))
     attn_resolutions: tuple[int, ...] = setting((16,), "resolutions in pixels with self-attention; no value for none")
-    dropout: float = setting(0.1, "probability of zeroing a hidden activation in training", least=0, most=1)
-    label_dim: int = setting(0, "number of classes to condition on; 0 for none", least=0, most=2**20)
-    label_dropout: float = setting(0.0, "stage 1: probability of hiding the label of a training image", least=0, most=1)
-    sigma_data: float = setting(1.0, "standard deviation of the data that the preconditioning assumes", between=(1e-4, 1e4))
+    dropout: float = setting(0.1, "probability of zeroing a hidden activation in training", SHARE)
+    label_dim: int = setting(0, "number of classes to condition on; 0 for none", (0, 2**20))
+    label_dropout: float = setting(0.0, "stage 1: probability of hiding the label of a training image", SHARE)
+    sigma_data: float = setting(1.0, "standard deviation of the data, for the preconditioning", between=(1e-4, 1e4))
     M: float = setting(999.0, "network's unit of time: it sees M t", between=(0, 1e6))
 
 
@@ -85,32 +90,24 @@ class Network:
 class Train:
     """training"""
 
-    train_steps: int = setting(10000, "optimizer steps in all", least=1, most=2**31)
-    global_bsz: int = setting(1024, "images per optimizer step over all ranks and accumulation rounds", least=1, most=2**24)
-    bsz: int = setting(
-        128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks", least=1, most=2**20
-    )
+    train_steps: int = setting(10000, "optimizer steps in all", (1, MANY))
+    global_bsz: int = setting(1024, "images per optimizer step, over all ranks and accumulation rounds", (1, 2**24))
+    bsz: int = setting(128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks", (1, 2**20))
     lr: float = setting(1e-3, "learning rate (RAdam, gradient norm clipped to 1)", between=(0, 10))
-    lr_rampup_steps: int = setting(500, "steps of linear warm-up", least=0, most=2**31)
+    lr_rampup_steps: int = setting(500, "steps of linear warm-up", (0, MANY))
     lr_decay: str = setting(
-        "none",
-        "the rate, besides the warm-up: constant, or half a cosine from the first step to 0 at the last",
-        ("none", "cosine"),
+        "none", "none: constant after the warm-up; cosine: times half a cosine, 0 at the end", choices=("none", "cosine")
     )
-    ema_decay: float = setting(
-        0.999, "decay per step of the average of the weights: min(this, (1 + step)/(10 + step))", least=0, most=1
-    )
-    train_eps0: float = setting(
-        1e-5, "least time trained, and last positive point of stage 2's grid (t = 0 is data)", between=(1e-8, 1)
-    )
-    train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this", between=(1e-8, 1))
-    log_freq: int = setting(100, "steps between lines of metrics.jsonl", least=1, most=2**31)
-    sampling_freq: int = setting(1000, "steps between grids of samples, and loss.png; 0 for none", least=0, most=2**31)
-    dump_freq: int = setting(5000, "steps between checkpoints (the last step always writes one)", least=1, most=2**31)
-    nsampling: int = setting(64, "images in a grid of samples", least=1, most=2**16)
-    fid_freq: int = setting(0, "steps between scores of the moving average against --ref_path; 0 for none", least=0, most=2**31)
-    fid_num: int = setting(2048, "images for such a score, of seeds from 0", least=2, most=2**24)
-    seed: int = setting(0, "seed of the initial weights, the data order and all noise", least=0, most=2**31)
+    ema_decay: float = setting(0.999, "decay of the average of the weights: min(this, (1 + step)/(10 + step))", SHARE)
+    train_eps0: float = setting(1e-5, "least time trained, and last positive time of stage 2's grid", between=TIME)
+    train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this", between=TIME)
+    log_freq: int = setting(100, "steps between lines of metrics.jsonl", (1, MANY))
+    sampling_freq: int = setting(1000, "steps between grids of samples, and loss.png; 0 for none", (0, MANY))
+    dump_freq: int = setting(5000, "steps between checkpoints (the last step always writes one)", (1, MANY))
+    nsampling: int = setting(64, "images in a grid of samples", (1, 2**16))
+    fid_freq: int = setting(0, "steps between scores of the moving average against --ref_path; 0 for none", (0, MANY))
+    fid_num: int = setting(2048, "images for such a score, of seeds from 0", (2, 2**24))
+    seed: int = setting(0, "seed of the initial weights, the data order and all noise", (0, MANY))
 
 
 @dataclass(frozen=True)
@@ -122,31 +119,27 @@ class Distil:
         "trajectory: regression on stored solutions of the teacher's ODE (the paper); semigroup: consistency along the ODE "
         "(the authors' code)",
     )
-    loss_norm: str = setting(
-        "huber",
-        "distance between images: l2, huber, or lpips, a perceptual one, which needs two files of weights and is slow "
-        "without a GPU",
-    )
-    grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", least=1, most=4096, flag=False)
+    loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
+    grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4096), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
     teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun or deis")
-    dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", least=0, most=10**6)
+    dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
     adaptive_weight: bool = setting(
-        True, "scale the stage-1 loss to pull as hard at the last layer as the distance does, before --dsm_weight"
+        True, "scale the stage-1 loss until its gradient at the last layer is as large as the distance's"
     )
-    dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", least=0, most=1)
-    one_step_share: float = setting(0.4, "trajectory: share of pairs (noise, data)", least=0, most=1)
-    to_data_share: float = setting(0.2, "trajectory: share of pairs (any time, data)", least=0, most=1)
-    bank_size: int = setting(8192, "trajectory: solutions stored, over all ranks", least=1, most=2**24)
+    dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", SHARE)
+    one_step_share: float = setting(0.4, "trajectory: share of pairs (noise, data)", SHARE)
+    to_data_share: float = setting(0.2, "trajectory: share of pairs (any time, data)", SHARE)
+    bank_size: int = setting(8192, "trajectory: solutions stored, over all ranks", (1, 2**24))
     bank_refresh_freq: int = setting(
-        32, "trajectory: steps between replacing the oldest global_bsz solutions; 0 for never", least=0, most=2**31
+        32, "trajectory: steps between renewals of the oldest global_bsz solutions; 0: never", (0, MANY)
     )
-    bank_dtype: str = setting("float32", "trajectory: precision of the stored solutions", ("float32", "float16"))
-    teacher_steps: int = setting(19, "semigroup: greatest number of teacher steps from t to u", least=1, most=4096)
+    bank_dtype: str = setting("float32", "trajectory: precision of the solutions", choices=("float32", "float16"))
+    teacher_steps: int = setting(19, "semigroup: greatest number of teacher steps from t to u", (1, 4096))
     teacher_steps_strategy: str = setting(
         "proportional",
-        "semigroup: n teacher steps are drawn with probability as n, or the same for all n",
-        ("proportional", "uniform"),
+        "semigroup: the probability of n teacher steps is proportional to n, or the same for all n",
+        choices=("proportional", "uniform"),
     )
 
 
@@ -159,23 +152,18 @@ class Sampling:
         20,
         "steps from noise to data: network calls, and more for heun (20 for a denoiser, 1 for a flow map; for train.py in "
         "stage 2, the steps of the grid it learns on: 20)",
-        least=1,
-        most=4096,
+        (1, 4096),
     )
     rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced", between=(0.1, 100))
-    eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=(1e-8, 1))
-    eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=(1e-8, 1))
+    eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
+    eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=TIME)
     sde: bool = setting(False, "sample the reverse SDE instead of the ODE (denoiser)")
-    churn: bool = setting(
-        False, "noise mollification: before a step, go back to t' = (1 + gamma) t with fresh noise (denoiser)"
-    )
-    s_min: float = setting(0.0, "churn: least time at which it happens", least=0, most=1)
-    s_max: float = setting(1.0, "churn: greatest time at which it happens", least=0, most=1)
-    gamma: float = setting(0.1, "churn: how far back, relative to t", least=0, most=10**6)
-    class_idx: int = setting(
-        -1, "class to draw, for conditional models; -1 draws a class from each image's seed", least=-1, most=2**20
-    )
-    eval_bsz: int = setting(256, "images per rank and batch", least=1, most=2**20)
+    churn: bool = setting(False, "before a step, go back to t' = (1 + gamma) t with fresh noise (denoiser)")
+    s_min: float = setting(0.0, "churn: least time at which it happens", SHARE)
+    s_max: float = setting(1.0, "churn: greatest time at which it happens", SHARE)
+    gamma: float = setting(0.1, "churn: how far back, relative to t", (0, 10**6))
+    class_idx: int = setting(-1, "class to draw, for conditional models; -1: one from each image's seed", (-1, 2**20))
+    eval_bsz: int = setting(256, "images per rank and batch", (1, 2**20))
 
 
 SECTIONS = {"task": Task, "data": Data, "network": Network, "train": Train, "distil": Distil, "sampling": Sampling}
@@ -268,10 +256,7 @@ def resolutions(image_size, channel_mult):
 
 
 def resolve(flags, base=None):
-    """Config from explicit flags {setting: value} over `base`, a Config, or over the preset they choose.
-
-    UserError for a name that is no setting, and for values that are not allowed.
-    """
+    """Config from explicit flags {setting: value} over `base`, a Config, or over the preset they choose; or UserError."""
     known = [f.name for section in SECTIONS.values() for f in fields(section)]
     for name in flags:
         if name not in known:

@@ -17,8 +17,9 @@ def _leave(number, frame):
     os._exit(128 + number)
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parent == Path(__file__).resolve().parent:
-    for _number in SIGNALS:  # a script is starting: its imports take seconds, in which Ctrl-C would be a traceback
+_script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
+if _script.parent == Path(__file__).resolve().parent and _script.stem in ("train", "eval", "fid", "teaser", "compare"):
+    for _number in SIGNALS:  # its imports take seconds, in which Ctrl-C would be a traceback; launch() has better answers
         signal.signal(_number, _leave)
 
 import datetime  # noqa: E402
@@ -31,15 +32,18 @@ import torch.distributed as dist  # noqa: E402
 
 
 class UserError(Exception):
-    """A mistake of the user's, met by all ranks together; its text says what is wrong and how to mend it, in one line."""
+    """A mistake of the user's; its text says what is wrong and how to mend it, in one line.
+
+    Code that runs on all ranks raises it on all of them, with agree() where one might meet it alone; rank 0 prints it.
+    """
 
 
 class LoneError(UserError):
-    """One that this rank met by itself, while the others are at work."""
+    """A UserError that one rank raises while the others go on with their work; that rank prints it."""
 
 
 class Stopped(BaseException):
-    """The run was asked to stop: the signal, and what to say besides.  Like KeyboardInterrupt, no `except Exception` takes it."""
+    """The run was asked to stop, by this signal; a note says more.  Like KeyboardInterrupt, no `except Exception` takes it."""
 
     def __init__(self, number, note=""):
         super().__init__(number, note)
@@ -62,17 +66,16 @@ def world_size():
 
 def _launched():
     """Whether torchrun started this process, or another launcher that sets its variables; LoneError if they are half set."""
-    found = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    missing = [name for name in VARIABLES if name not in os.environ]
-    if not found:
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    if not {"RANK", "WORLD_SIZE"} & found.keys():
         return False
-    here = ", ".join(f"{name}={os.environ[name]}" for name in found)
-    if missing:
-        raise LoneError(f"the environment has {here} but no {', '.join(missing)}: start with torchrun, or unset {found[0]}")
+    missing = ", ".join(name for name in VARIABLES if name not in found)
     with suppress(ValueError):
-        if 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) and int(os.environ["LOCAL_RANK"]) >= 0:
+        if not missing and 0 <= int(found["RANK"]) < int(found["WORLD_SIZE"]) and int(found["LOCAL_RANK"]) >= 0:
             return True
-    raise LoneError(f"the environment has {here}, which is no place among ranks: start with torchrun, or unset {found[0]}")
+    here, why = " ".join(f"{name}={value}" for name, value in found.items()), "which is no place among ranks"
+    why = f"but no {missing}" if missing else why
+    raise LoneError(f"the environment has {here}, {why}: start with torchrun, or unset RANK and WORLD_SIZE")
 
 
 @contextmanager
@@ -98,64 +101,39 @@ def session():
 def _timeout():
     """How long ranks wait for each other: the environment variable DIST_TIMEOUT, in seconds, or half an hour."""
     text = os.environ.get("DIST_TIMEOUT", "1800")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 1 <= seconds <= 10**6:  # much more overflows in gloo
-        raise UserError(f"the environment variable DIST_TIMEOUT is {text}: it must be a number of seconds, from 1 to 1000000")
-    return datetime.timedelta(seconds=seconds)
+    with suppress(ValueError):
+        if 1 <= float(text) <= 10**6:  # much more overflows in gloo
+            return datetime.timedelta(seconds=float(text))
+    raise UserError(f"the environment variable DIST_TIMEOUT is {text}: it must be a number of seconds, from 1 to 1000000")
 
 
 def _meeting_place():
     """Where ranks find each other, as arguments of init_process_group; by default what torchrun says.
 
-    Ranks publish their addresses in a store.  When torchrun 2.11 restarts ranks, it gives them the old store, with the
-    addresses of the dead ranks in it.  A rank that reads an old address waits for nobody.  So on one machine each restart
-    gets names of its own in the store, by the number of the restart.  On several machines that number can differ, and the
-    user has to tell torchrun to make a new store.
+    Ranks publish their addresses in a store.  When torchrun 2.11 restarts ranks, the addresses of the dead are still in it,
+    and a rank that reads one waits for nobody.  So on one machine each restart gets names of its own in the store, by the
+    number of the restart.  On several machines that number can differ: there the user has to ask for a new store.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return {}
-    if os.environ["GROUP_WORLD_SIZE"] != "1":
-        if os.environ["RANK"] == "0":
+    if env["GROUP_WORLD_SIZE"] != "1":
+        if env["RANK"] == "0":
             print("warning: for --max-restarts on several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
         return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_timeout())
-    name = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    return {
-        "store": dist.PrefixStore(name, store),
-        "rank": int(os.environ["RANK"]),
-        "world_size": int(os.environ["WORLD_SIZE"]),
-    }
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=_timeout())
+    store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
 
 
-def torchrun_agent():
-    """A name for torchrun's process on this machine, which lives as long as the job; None without torchrun.
-
-    The name has the job's id, the machine, the process number and when the process began: no other job has it.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    agent, begun = os.getppid(), ""
-    with suppress(OSError):  # systems without /proc
-        begun = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]  # ticks since the machine started
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.uname().nodename} {agent} {begun}"
-
-
-# ------------------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------------- leaving, and signals
 
 
 class StopSignals:
     """Context in which SIGTERM and SIGINT are noted instead of ending the process, so that work can be brought to an end.
 
-    Ranks tell each other with check() or poll(), and leave together.  More signals change nothing, so that Ctrl-C pressed
-    twice costs no checkpoint.
+    Ranks tell each other with check() or poll(), and leave together.  More signals change nothing: no checkpoint is lost.
     """
-
-    OFTEN = (
-        64  # calls of check() for one message among the ranks, at most; fewer where a call comes less than 64 times a second
-    )
 
     def __init__(self):
         self.received, self.left, self.every, self.since = None, 1, 1, time.monotonic()
@@ -173,16 +151,15 @@ class StopSignals:
 
     def note(self, number, frame):
         if self.received is None:
-            self.received = number
+            self.received, name = number, signal.Signals(number).name
             if rank() == 0:
-                name = signal.Signals(number).name
                 os.write(2, f"\n{name}: writing a checkpoint, then leaving (kill -9 leaves without)\n".encode())
 
-    def _exchange(self, *numbers):
-        """The signal that any rank has received, SIGTERM first, or None; and the sums of the numbers over the ranks."""
-        mine = [float(self.received == number) for number in SIGNALS]
-        votes = sum_over_ranks(torch.tensor([*mine, *numbers], dtype=torch.float64)).tolist()
-        return next((number for number, count in zip(SIGNALS, votes) if count), None), votes[len(SIGNALS) :]
+    def _exchange(self, number):
+        """The signal that any rank has received, SIGTERM first, or None; and the sum over the ranks of a number."""
+        votes = torch.tensor([*(self.received == signal for signal in SIGNALS), number], dtype=torch.float64)
+        *votes, total = sum_over_ranks(votes).tolist()
+        return next((signal for signal, count in zip(SIGNALS, votes) if count), None), total
 
     def check(self):
         """The signal that asks the run to stop, or None.  All ranks call this together, as often as they like.
@@ -195,17 +172,17 @@ class StopSignals:
         if self.left:
             return None
         now = time.monotonic()
-        number, (seconds,) = self._exchange(now - self.since)
-        a_second = self.every * world_size() / max(seconds, 1e-9)  # so many calls take one
-        self.every = self.left = max(1, min(self.OFTEN, int(a_second)))
+        number, seconds = self._exchange(now - self.since)
+        calls_per_second = self.every * world_size() / max(seconds, 1e-9)
+        self.every = self.left = max(1, min(64, int(calls_per_second)))
         self.since = now
         return number
 
     def poll(self, busy=True):
         """Stopped on all ranks if any has received a signal; else whether any is busy.  All ranks call this together."""
-        number, (busy,) = self._exchange(float(busy))
+        number, busy = self._exchange(busy)
         if number:
-            raise Stopped(number, "the same command continues")
+            raise Stopped(number, "; the same command continues")
         return bool(busy)
 
 
@@ -225,19 +202,22 @@ def launch(main):
     """
     for number in SIGNALS:
         signal.signal(number, _stop)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     try:
         status = _run(main)
     except Stopped as stopped:  # while it was leaving already
         status = 128 + stopped.number
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        status = 1
     finally:
         for number in SIGNALS:  # it is leaving, and would do so with a traceback or another status
             signal.signal(number, signal.SIG_IGN)
     if "RANK" in os.environ:
-        # Threads of torch that outlive the process group may want the interpreter's lock while it is being torn down, which
-        # aborts the process, and with it the job: one run of two ranks in sixty.  So it is not torn down.  Nor is the process
-        # group after an error, which could wait for ranks that are gone.
+        # The interpreter is not torn down: threads of torch that still want its lock would abort the process, and with it the
+        # job (one run of two ranks in sixty).  Nor is the process group after an error: it could wait for ranks that are gone.
         sys.stderr.flush()
         os._exit(status)
     if status:
@@ -263,23 +243,20 @@ def _run(main):
         return 2
     except Stopped as stopped:
         if speaks:
-            say("; ".join(filter(None, [f"stopped by {signal.Signals(stopped.number).name}", stopped.note])))
+            say(f"stopped by {signal.Signals(stopped.number).name}{stopped.note}")
         return 128 + stopped.number
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
-        text = str(error).strip().splitlines() or ["out of memory"]
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text[0]:
+        text = (str(error).strip() or "out of memory").splitlines()[0]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
             advice = "lower --bsz (training), --eval_bsz (sampling), --bank_size or the size of the network"
-            say(f"error: out of memory on rank {rank()}: {advice} ({text[0]})")
+            say(f"error: out of memory on rank {rank()}: {advice} ({text})")
             return 2
-        if not several:
+        if not several or not is_loss_of_a_rank(error):
             raise
-        if is_loss_of_a_rank(error):
-            say(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text[0]})")
-        else:
-            traceback.print_exc()
+        say(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text})")
         return 1
     return 0
 
@@ -305,29 +282,23 @@ def accumulating(model):
 
 def gather(value):
     """List of every rank's (picklable) value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
-def gather_rows(mine, n):
-    """(n, d) float32 on rank 0, None on the others; rank r gives `mine`, the rows r, r + world_size, ...  All on the CPU."""
-    if world_size() == 1:
+def gather_rows(mine):
+    """The rows (n, d) of all ranks on rank 0, None on the others; rank r gives the rows r, r + world_size, ...  On the CPU."""
+    if not dist.is_initialized():
         return mine
-    rows = None
+    parts = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(mine, parts)
     if rank() == 0:
-        rows = torch.empty(n, mine.shape[1])
-        rows[:: world_size()] = mine
-    for r in range(1, min(world_size(), n)):  # one after the other: rank 0 holds the whole and one part
-        if rank() == r:
-            dist.send(mine, 0)
-        elif rank() == 0:
-            part = torch.empty(len(range(r, n, world_size())), mine.shape[1])
-            dist.recv(part, r)
+        rows = torch.empty(sum(map(len, parts)), mine.shape[1])
+        for r, part in enumerate(parts):
             rows[r :: world_size()] = part
-    return rows
+        return rows
 
 
 def agree(function):
@@ -350,8 +321,7 @@ def on_first_rank(function):
 
 def sum_over_ranks(tensor):
     """Elementwise sum of the ranks' tensors."""
-    if not dist.is_initialized():
-        return tensor
     total = tensor.clone()
-    dist.all_reduce(total)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     return total

@@ -1,7 +1,7 @@
 """Turn seeds into images: {workdir}/{seed:06d}.png, by the denoiser's ODE or by the flow map.
 
   python eval.py --mode denoiser --checkpoint CKPT --workdir OUT --end_seed 99 --ode_solver deis --num_steps 20
-  torchrun --nproc_per_node=4 eval.py --mode characteristic --checkpoint CKPT --workdir OUT --end_seed 49999 --num_steps 1
+  torchrun --standalone --nproc_per_node=4 eval.py --checkpoint CKPT --workdir OUT --end_seed 49999
 
 An image depends on its seed alone, not on the number of ranks or the batch size.  {workdir}/eval.json records how the
 images were made.  The same command again makes those that are missing.
@@ -17,15 +17,15 @@ from pathlib import Path
 import defaults
 import generator
 import misc
-from defaults import setting
+from defaults import file, setting
 
 
 @dataclass(frozen=True)
 class Run:
     """files and seeds"""
 
-    checkpoint: str | None = setting(None, "checkpoint to sample from", path="")
-    workdir: str | None = setting(None, "folder for the images", path="")
+    checkpoint: str | None = file("checkpoint to sample from")
+    workdir: str | None = file("folder for the images")
     start_seed: int = setting(0, "first seed")
     end_seed: int = setting(49999, "last seed, included")
 
@@ -69,9 +69,7 @@ def all_batches(seeds, size):
 
 
 def lacking(workdir, batches):
-    """The numbers of the batches of which an image is missing or cut short; they are made again as a whole, so that images
-    have the rounding that they would have had without an interruption.
-    """
+    """The numbers of the batches of which an image is missing.  They are made again as a whole, to have the same rounding."""
     if not any(path.suffix == ".png" for path in workdir.iterdir()):
         return range(len(batches))
     found, missing = [], 0

@@ -28,7 +28,7 @@ import dataset
 import defaults
 import generator
 import misc
-from defaults import setting
+from defaults import file, setting
 
 METRICS = ("fid", "kid", "pr")
 
@@ -37,11 +37,8 @@ METRICS = ("fid", "kid", "pr")
 class InceptionFile:
     """weights of the Inception network"""
 
-    inception_weights: str | None = setting(
-        None,
-        f"file of the InceptionV3's weights, where its features are needed; weights/{misc.WEIGHTS['inception_weights'][0]} if "
-        "left out",
-        path="",
+    inception_weights: str | None = file(
+        f"the InceptionV3's weights, where they are needed; weights/{misc.WEIGHTS['inception_weights'][0]} if left out"
     )
     download: bool = setting(False, "fetch weights where they are published, if their files are missing")
 
@@ -51,28 +48,21 @@ class Run(InceptionFile):
     """scoring"""
 
     mode: str = setting(
-        "fid", "ref: statistics of --data_name; gen: of images; fid: scores of images against --ref_path", ("ref", "gen", "fid")
+        "fid",
+        "ref: statistics of --data_name; gen: of images; fid: scores of images against --ref_path",
+        choices=("ref", "gen", "fid"),
     )
-    dest: str | None = setting(None, "npz file for the statistics (ref, gen)", path=".npz")
-    img_folder: str | None = setting(
-        None,
-        "images (gen, fid): a folder or zip, flat or in class folders, or an npz with uint8 `arr_0` (N, H, W, C)",
-        path="",
-    )
-    checkpoint: str | None = setting(
-        None,
-        "instead of --img_folder, the model to draw images from: those that eval.py writes with the same flags",
-        path="",
-    )
+    dest: str | None = file("npz file for the statistics (ref, gen)", ".npz")
+    img_folder: str | None = file("images (gen, fid): a folder or zip, or an npz with uint8 `arr_0` (N, H, W, C)")
+    checkpoint: str | None = file("instead of --img_folder, the model to draw images from, as eval.py does")
     start_seed: int = setting(0, "with --checkpoint: first seed")
     end_seed: int = setting(49999, "with --checkpoint: last seed, included")
-    stat_path: str | None = setting(None, "instead of --img_folder, the npz file that --mode gen made of them (fid)", path="")
-    ref_path: str | None = setting(None, "npz file with the reference's statistics (fid)", path="")
+    stat_path: str | None = file("instead of --img_folder, the npz file that --mode gen made of them (fid)")
+    ref_path: str | None = file("npz file with the reference's statistics (fid)")
     features: str = setting(
         "auto",
-        "pixels in [0, 1], or 2,048 of FID's InceptionV3; auto: those of --ref_path, else pixels for grey and inception "
-        "for colour",
-        ("auto", "pixels", "inception"),
+        "pixels in [0, 1], or 2,048 of FID's InceptionV3; auto: of --ref_path, else pixels for grey, inception for colour",
+        choices=("auto", "pixels", "inception"),
     )
     metrics: str = setting(
         "fid",
@@ -84,7 +74,7 @@ class Run(InceptionFile):
     )
     seed: int = setting(0, "of the subset")
     force: bool = setting(False, "compare statistics that say they were made differently")
-    csv: str | None = setting(None, "file to append the scores and how the images were made to, as a row (fid)", path="")
+    csv: str | None = file("file to append the scores and how the images were made to, as a row (fid)")
 
 
 CPU = torch.device("cpu")
@@ -166,6 +156,18 @@ def choose_features(asked, channels, reference=None):
     return theirs
 
 
+def extractor(reference, shape, n, device, files, asked="auto", force=False):
+    """The feature extractor for n images (C, H, W) to be compared with a reference, or None; UserError if they do not compare.
+
+    `files` are an InceptionFile.  Every rank calls this together.
+    """
+    features = choose_features(asked, shape[0], reference)
+    found = load_features(features, device, files.inception_weights, files.download)
+    if reference is not None:
+        check_comparable(reference, found.dimension(shape), metadata_of(found, shape, n), force)
+    return found
+
+
 def metadata_of(extract, shape, n):
     """What statistics of n images (C, H, W) say about themselves."""
     return {"n": n, "image": list(shape), **extract.metadata}
@@ -196,34 +198,12 @@ def subset(total, count, seed):
     return sorted(random.Random(misc.derive_seed(seed, "subset", total)).sample(range(total), count))
 
 
-def read(source, indices, num_workers=0):
-    """Yield the uint8 images (B, C, H, W), B up to BATCH, of a data set or of Generated images, with a progress bar."""
-    if isinstance(source, generator.Generated):
-        rest = torch.empty(0, *source.shape, dtype=torch.uint8)
-        whole = isinstance(indices, range)  # then seeds are not written out: there may be many
-        seeds = source.seeds[indices.start : indices.stop : indices.step] if whole else [source.seeds[i] for i in indices]
-        for _, images in generator.generate(source.trained, seeds, poll=source.poll):
-            *full, rest = torch.cat([rest, images]).split(BATCH)
-            yield from full
-        if len(rest):
-            yield rest
-        while source.poll and source.poll(busy=False):  # until the ranks with more batches have theirs
-            pass
-        return
-    chunks = (indices[i : i + BATCH] for i in range(0, len(indices), BATCH))
-    with misc.progress(len(indices), "statistics") as bar:
-        for images, _ in dataset.read_ahead(source, chunks, num_workers):
-            yield images
-            bar.update(len(images))
-
-
 def measure(source, extract, made=None, count=None, seed=0, keep=False, num_workers=0):
     """Statistics of the features of a data set, of Generated images or of a uint8 tensor (N, C, H, W); or of a seeded subset.
 
-    Each rank takes every world_size-th image, and every image counts once.  Pixels are added up exactly, as integers (for
-    fewer than 10^11 images), so that their statistics do not depend on the ranks; other features in float64.  With `keep`,
-    the features themselves are gathered on rank 0.  `made` is added to the metadata.
-    UserError for fewer than two images, for more than 20,000 features, and for images that cannot be read.
+    Each rank takes every world_size-th image, and every image counts once.  Pixels are added up exactly, as integers, so that
+    their statistics do not depend on the ranks; other features in float64.  With `keep`, rank 0 gets the features themselves.
+    `made` is added to the metadata.  UserError for fewer than two images, too many pixels, and what cannot be read.
     """
     source = dataset.MemoryImages(source) if isinstance(source, torch.Tensor) else source
     indices = subset(len(source), count, seed)
@@ -234,30 +214,31 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
     def add_up():
         dimension = extract.dimension(source.shape)
         if dimension > 20000:  # the matrix alone would take 3 GB
-            size = "x".join(map(str, (*source.shape[1:], source.shape[0])))
-            raise UserError(
-                f"images of {size} have {dimension} pixels: too many for their covariance; use --features inception"
-            )
+            raise UserError(f"{dimension} values an image are too many for their covariance; use --features inception")
         total = torch.zeros(dimension, dtype=torch.float64, device=extract.device)
         outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=extract.device)
-        mine = indices[dist_util.rank() :: world]
-        kept, done = torch.empty(len(mine) if keep else 0, dimension), 0
-        for images in read(source, mine, num_workers):
-            features = extract(images)
-            if keep:
-                kept[done : done + len(images)] = features.float() / extract.unit
-                done += len(images)
-            rows = features.float() if features.dtype == torch.uint8 else features.double()
-            total += rows.sum(0)
-            outer += rows.T @ rows
-        return total, outer, kept
+        mine, kept = indices[dist_util.rank() :: world], [torch.empty(0, dimension)]
+        drawn = isinstance(source, generator.Generated)  # in the batches of eval.py, for the same rounding
+        size = source.trained.config.sampling.eval_bsz if drawn else BATCH
+        batches = (mine[i : i + size] for i in range(0, len(mine), size))
+        with misc.progress(len(mine), "sampling" if drawn else "statistics") as bar:
+            for images, _ in dataset.read_ahead(source, batches, 0 if drawn else num_workers):
+                for part in images.split(BATCH):
+                    features = extract(part)
+                    rows = features.float() if features.dtype == torch.uint8 else features.double()
+                    total += rows.sum(0)
+                    outer += rows.T @ rows
+                    kept += [(features.float() / extract.unit).cpu()] if keep else []
+                bar.update(len(images))
+        while drawn and source.poll and source.poll(busy=False):  # until the ranks with more batches have theirs
+            pass
+        return total, outer, torch.cat(kept)
 
     total, outer, kept = dist_util.agree(add_up)
     total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
-    # In place, since the matrix may be large.  For pixels the numerator is exact while its integers stay below 2^53, which is
-    # up to 370,000 images; beyond, it is as good as float64 gets.
+    # In place: it may be large.  For pixels the numerator is exact while its integers stay below 2^53, up to 370,000 images.
     sigma = outer.mul_(n).addr_(total, total, alpha=-1).div_(n * (n - 1) * extract.unit**2)
-    features = dist_util.gather_rows(kept, n) if keep else None
+    features = dist_util.gather_rows(kept) if keep else None
     record = {**metadata_of(extract, source.shape, n), **(made or {})}
     if n != len(source):
         record["subset"] = {"of": len(source), "seed": seed}
@@ -385,9 +366,9 @@ def kid(x, y, block=1000):
     """Kernel Inception Distance (arXiv 1801.01401) of features (n, d) and (m, d): an unbiased estimate and its standard error.
 
     The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, unbiased, so that it may be negative.  Both sets are
-    shuffled, each in its own way (the same in every run), and cut into as many blocks, 10 or more, of at most `block` images;
-    estimates of different blocks are independent, so their mean has a standard error.  One shuffle for both would pair images
-    that correspond, such as those of the same seeds, and bias the estimate.  UserError for fewer than two images a block.
+    cut into as many blocks, 10 or more, of at most `block` images, whose estimates are independent.  First each is shuffled in
+    its own way, the same in every run: one shuffle for both would pair images of the same seeds, and bias the estimate.
+    UserError for fewer than two images a block.
     """
     blocks = max(10, math.ceil(max(len(x), len(y)) / block))
     if min(len(x), len(y)) < 2 * blocks:
@@ -550,11 +531,8 @@ def make_statistics(run, flags, metrics, device, reference=None):
     if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder:
         source = dataset.Grey(source)  # many tools write grey images as RGB
         shape = source.shape
-    features = choose_features(run.features, shape[0], reference)
-    extract = load_features(features, device, run.inception_weights, run.download)
-    if reference is not None:  # before the work, not after it
-        n = run.num or len(source)
-        check_comparable(reference, extract.dimension(shape), metadata_of(extract, shape, n), run.force)
+    n = run.num or len(source)  # what does not compare is refused before the work, not after it
+    extract = extractor(reference, shape, n, device, run, run.features, run.force)
     workers = defaults.resolve({k: flags[k] for k in ("data_name", "num_workers") if k in flags}).data.num_workers
     keep = bool({"kid", "pr"} & set(metrics))
     return measure(source, extract, made, run.num, run.seed, keep, workers)

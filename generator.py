@@ -66,10 +66,10 @@ class Trained:
 
 
 def load_model(path, flags=(), device="cpu"):
-    """Trained model of a checkpoint, its settings overridden by explicit flags, a dict, where that makes sense.
+    """Trained model of a checkpoint, with explicit flags, a dict, over its settings of sampling.
 
-    A checkpoint without configuration (published by others) takes everything from flags and presets.  UserError where
-    flags, weights and configuration disagree.
+    A checkpoint without configuration, as others publish, takes everything from flags and presets.  UserError where flags,
+    weights and configuration disagree.
     """
     content, flags = checkpoint.read(path), dict(flags)
     two_times = any(".affine_s." in str(k) for k in content["ema"])
@@ -174,34 +174,31 @@ def solve(trained, seeds):
     yield from trajectory(config, trained.model, x, noise, dataset.one_hot(label, label_dim))
 
 
-def generate(trained, seeds, desc="sampling", poll=None):
-    """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar.
-
-    poll() is called after each step of the solver: by raising, it ends work that takes long.
-    """
+def generate(trained, seeds, desc="sampling"):
+    """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar."""
+    images, bsz = Generated(trained, seeds), trained.config.sampling.eval_bsz
     with misc.progress(len(seeds), desc) as bar:
-        for start in range(0, len(seeds), trained.config.sampling.eval_bsz):
-            batch = seeds[start : start + trained.config.sampling.eval_bsz]
-            for x in solve(trained, batch):  # noqa: B007 (the last is the images)
-                if poll:
-                    poll()
-            yield batch, dataset.to_uint8(x, trained.config.data.centered)
+        for start in range(0, len(seeds), bsz):
+            batch = range(start, min(start + bsz, len(seeds)))
+            yield seeds[start : start + bsz], images.batch(batch)[0]
             bar.update(len(batch))
 
 
 class Generated:
-    """The images of a trained model with these seeds, as a set to be measured that never touches the disk.
+    """The images of a trained model with these seeds, as a data set that never touches the disk.
 
-    With StopSignals.poll as `poll`, the ranks that draw them stop together.
+    poll() is called after each step of the solver.  By raising, it ends work that takes long; StopSignals.poll ends it on all
+    ranks together.
     """
 
     def __init__(self, trained, seeds, poll=None):
-        self.trained, self.seeds, self.poll = trained, seeds, poll
+        self.trained, self.seeds, self.poll, self.shape = trained, seeds, poll, tuple(trained.mean.shape)
 
     def __len__(self):
         return len(self.seeds)
 
-    @property
-    def shape(self):
-        """(C, H, W) of the images."""
-        return tuple(self.trained.mean.shape)
+    def batch(self, indices):
+        for x in solve(self.trained, [self.seeds[i] for i in indices]):  # noqa: B007 (the last is the images)
+            if self.poll:
+                self.poll()
+        return dataset.to_uint8(x, self.trained.config.data.centered), torch.zeros(len(indices), dtype=torch.long)

@@ -18,8 +18,6 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------------- files
-
 
 @contextmanager
 def atomic(path, sync=True):
@@ -36,8 +34,8 @@ def atomic(path, sync=True):
         if sync and not temporary.is_symlink():
             sync_to_disk(temporary)
         os.replace(temporary, path)
-        if sync:
-            with suppress(OSError):  # some network file systems cannot do this for a folder
+        with suppress(OSError):  # some network file systems cannot do this for a folder
+            if sync:
                 sync_to_disk(path.parent)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
@@ -74,11 +72,10 @@ def check_writable(path, advice="name another file"):
     path = Path(path)
     try:
         place = next(parent for parent in path.absolute().parents if parent.exists())
-        path.exists()
+        why = "it is a folder" if path.is_dir() else f"{place} is a file" if not place.is_dir() else None
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error
-    if path.is_dir() or not place.is_dir():
-        why = "it is a folder" if path.is_dir() else f"{place} is a file"
+    if why:
         raise UserError(f"cannot write {path}: {why}; {advice}")
     try:
         tempfile.TemporaryFile(dir=place).close()
@@ -88,11 +85,10 @@ def check_writable(path, advice="name another file"):
 
 def check_folder(folder, flag):
     """UserError unless results can be written into a folder, which may be missing."""
-    folder = Path(folder)
     with suppress(OSError):  # check_writable says what is wrong then
-        if folder.exists() and not folder.is_dir():
+        if Path(folder).exists() and not Path(folder).is_dir():
             raise UserError(f"--{flag} {folder} is a file: choose a folder")
-    check_writable(folder / "any", f"choose another --{flag}")
+    check_writable(Path(folder) / "any", f"choose another --{flag}")
 
 
 def write_json(path, value):
@@ -102,8 +98,8 @@ def write_json(path, value):
 
 def file_hash(path):
     """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -114,31 +110,17 @@ def derive_seed(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ------------------------------------------------------------------------------------------------------ progress
-
-
 def progress(total, desc, unit="img", initial=0):
     """Progress bar on stderr, on rank 0 alone, with rate and time left."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=desc,
-        unit=unit,
-        unit_scale=unit == "B",
-        file=sys.stderr,
-        disable=dist_util.rank() != 0,
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # seconds; a log file needs fewer lines
-    )
+    often = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines
+    options = {"disable": dist_util.rank() != 0, "mininterval": often, "dynamic_ncols": True, "file": sys.stderr}
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit == "B", **options)
 
 
 def log(text):
     """A line on stderr, from rank 0 alone."""
     if dist_util.rank() == 0:
         tqdm.write(text, file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------ pictures
 
 
 def picture(image):
@@ -157,12 +139,10 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
 
 def is_whole_png(path):
     """Whether there is a PNG file to its end: after a power cut one that was just written may be empty or cut short."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:  # there is none, or one of fewer bytes
-        return False
+    with suppress(OSError), open(path, "rb") as file:  # there may be none, or one of fewer bytes
+        file.seek(-len(PNG_END), os.SEEK_END)
+        return file.read() == PNG_END
+    return False
 
 
 def tile(images, columns):
@@ -210,18 +190,13 @@ def not_fatal(what):
         log(f"warning: cannot make {what}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-# ------------------------------------------------------------------------------------------------ published weights
-
-WEIGHTS = {
-    # flag: (file, where it is published, what needs it)
+WEIGHTS = {  # flag: (file, where it is published, what needs it)
     "inception_weights": (
-        "pt_inception-2015-12-05-6726825d.pth",
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+        *("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"),
         "Inception features need",
     ),
     "lpips_weights": (
-        "lpips_weights.pt",
-        "https://github.com/photosynthesis-team/piq/releases/download/v0.4.0",
+        *("lpips_weights.pt", "https://github.com/photosynthesis-team/piq/releases/download/v0.4.0"),
         "--loss_norm lpips needs",
     ),
     "vgg_weights": ("vgg16-397923af.pth", "https://download.pytorch.org/models", "--loss_norm lpips needs"),
@@ -237,30 +212,12 @@ def published_hash(flag):
 def weights_file(flag, path, download):
     """(path, SHA-256) of a published weights file: `path`, or its own name in weights/; rank 0 downloads it if asked to.
 
-    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins: UserError if a file of that name does not keep
+    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins.  UserError if a file of that name does not keep
     it, or if there is no file.
     """
     name, place, need = WEIGHTS[flag]
     path, url = Path(path or Path("weights") / name), f"{place}/{name}"
     promised = published_hash(flag) if path.name == name else ""
-
-    def fetch():
-        fail = f"cannot download {url} to {path}"
-        with atomic(path) as temporary:
-            try:
-                with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
-                    expected = int(reply.headers["Content-Length"] or 0)
-                    with progress(expected or None, name, unit="B") as bar:
-                        while block := reply.read(1 << 20):
-                            bar.update(file.write(block))
-            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                raise UserError(f"{fail}: {' '.join(str(error).split())}") from error
-            if expected and temporary.stat().st_size != expected:
-                raise UserError(f"{fail}: it broke off after {temporary.stat().st_size} of {expected} bytes; try again")
-            digest = file_hash(temporary)
-            if not digest.startswith(published_hash(flag)):
-                raise UserError(f"{fail}: its SHA-256 is {digest}, not {published_hash(flag)}...; it was not kept")
-        log(f"downloaded {path}, SHA-256 {digest}")
 
     def find():
         if path.is_dir():
@@ -276,5 +233,25 @@ def weights_file(flag, path, download):
         return path, digest
 
     if download:
-        dist_util.on_first_rank(lambda: None if path.exists() else fetch())
+        dist_util.on_first_rank(lambda: None if path.exists() else fetch(url, path, published_hash(flag)))
     return dist_util.agree(find)
+
+
+def fetch(url, path, promised):
+    """Download a file; UserError, and no file, unless all of it comes and its SHA-256 begins as promised."""
+    fail = f"cannot download {url} to {path}"
+    with atomic(path) as temporary:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply, open(temporary, "wb") as file:
+                expected = int(reply.headers["Content-Length"] or 0)
+                with progress(expected or None, path.name, unit="B") as bar:
+                    while block := reply.read(1 << 20):
+                        bar.update(file.write(block))
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise UserError(f"{fail}: {' '.join(str(error).split())}") from error
+        size, digest = temporary.stat().st_size, file_hash(temporary)
+        if expected and size != expected:
+            raise UserError(f"{fail}: it broke off after {size} of {expected} bytes; try again")
+        if not digest.startswith(promised):
+            raise UserError(f"{fail}: its SHA-256 is {digest}, not {promised}...; it was not kept")
+    log(f"downloaded {path}, SHA-256 {digest}")

@@ -74,7 +74,7 @@ def transport_weights(t, s):
 
 
 def data_between(x, y, t, s):
-    """The image d with T(x, d; t, s) = y, for s < t: a mean of the denoiser on the way from x to y."""
+    """The image d with T(x, d; t, s) = y, for s < t: what a constant denoiser would have to be to lead from x to y."""
     keep, pull = transport_weights(t, s)
     return (y - like(keep, x) * x) / like(pull, x)
 

@@ -16,17 +16,15 @@ import dataset
 import defaults
 import generator
 import misc
-from defaults import setting
+from defaults import file, setting
 
 
 @dataclass(frozen=True)
 class Run:
     """picture"""
 
-    checkpoint: str | None = setting(None, "checkpoint to sample from", path="")
-    dest: str | None = setting(
-        None, "PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out", path=".png"
-    )
+    checkpoint: str | None = file("checkpoint to sample from")
+    dest: str | None = file("PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out", ".png")
     start_seed: int = setting(0, "first seed; the next ones follow")
     nsampling: int = setting(64, "images in the grid; with --trajectory, rows")
     columns: int = setting(0, "images in a row of the grid; 0 for a square")

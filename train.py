@@ -2,7 +2,7 @@
 
 python train.py --data_name digits --mode denoiser --workdir logs/digits-denoiser
 python train.py --data_name digits --mode characteristic --teacher logs/digits-denoiser/DDPMpp-000600.pth
-torchrun --nproc_per_node=4 train.py --data_name cifar --mode denoiser --bsz 256
+torchrun --standalone --nproc_per_node=4 train.py --data_name cifar --mode denoiser --bsz 256
 """
 
 import dist_util
@@ -26,42 +26,28 @@ import misc
 import network
 import sde
 import workdir
-from defaults import setting
+from defaults import file, setting
 
 
 @dataclass(frozen=True)
 class Run(fid.InceptionFile):
     """files"""
 
-    workdir: str | None = setting(
-        None, "folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out", path=""
-    )
-    teacher: str | None = setting(None, "checkpoint of the denoiser to distil (mode characteristic)", path="")
-    resume: str | None = setting(
-        None, "checkpoint that a new --workdir begins from; a --workdir that holds a run is continued without it", path=""
-    )
+    workdir: str | None = file("folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
+    teacher: str | None = file("checkpoint of the denoiser to distil (mode characteristic)")
+    resume: str | None = file("checkpoint that a run in a new --workdir begins from")
     fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
     force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
     keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
-    ref_path: str | None = setting(
-        None, "npz file with the reference's statistics (fid.py --mode ref), for --fid_freq", path=""
-    )
-    lpips_weights: str | None = setting(
-        None,
-        f"file of LPIPS's channel weights, for --loss_norm lpips; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out",
-        path="",
-    )
-    vgg_weights: str | None = setting(
-        None,
-        f"file of the VGG16's weights, for --loss_norm lpips; weights/{misc.WEIGHTS['vgg_weights'][0]} if left out",
-        path="",
-    )
+    ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
+    lpips_weights: str | None = file(f"LPIPS's channel weights; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out")
+    vgg_weights: str | None = file(f"the VGG16's weights, for LPIPS; weights/{misc.WEIGHTS['vgg_weights'][0]} if left out")
 
 
 # ----------------------------------------------------------------------------------------------------- objectives
-# An objective is called with a part of the step's batch: images (B, C, H, W), one-hot labels or None, a generator on their
-# device, and the place of the part's first image in the step's batch.  It returns the scalar to differentiate and what to
-# log, {name: scalar tensor}.  Both are such that their means over the parts, of all rounds and ranks, are those of the step.
+# A step's batch is split into parts, one for each round of each rank.  An objective is called with a part: images
+# (B, C, H, W), one-hot labels or None, a generator on their device, and the place of its first image in the batch.  It
+# returns a scalar to differentiate and what to log, {name: scalar tensor}; the mean over all parts is the step's value.
 
 
 def normal(like, generator):
@@ -75,13 +61,11 @@ def training_times(n, train, generator):
 
 
 class Objective:
-    """What all share.
+    """Base of the objectives.
 
-    model      what is trained, a Denoiser or a dist_util.parallel() one
-    config     defaults.Config
-    teacher    generator.Trained, on the same device; None in stage 1, like the next two
-    distance   function of two batches of images -> (B,)
-    ema        the moving average of the model
+    model, ema   the Denoiser to train, maybe a dist_util.parallel() one; its moving average
+    teacher      a generator.Trained, in stage 2
+    distance     function of two batches of images -> (B,), in stage 2
     """
 
     def __init__(self, model, config, teacher=None, distance=None, ema=None):
@@ -214,7 +198,8 @@ class Trajectory(Distillation):
         distances, dsm = sde.trajectory_losses(
             denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), network.sigma_data, self.distance, on_data
         )
-        # Parts may differ by one image; all images of the step weigh the same.
+        # This part has n of the step's pairs and n_dsm of its images for stage 1.  Other parts may have one more or less, so
+        # the means are weighted: in the mean over all parts, each pair and each image of the step counts the same.
         distance = distances.mean() * (n * parts / (train.global_bsz - all_dsm))
         return self.combine(distance, dsm.mean() * (n_dsm * parts / all_dsm) if all_dsm else None, place)
 
@@ -260,10 +245,8 @@ def check_memory(size, device):
     else:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if size > there:
-        raise UserError(
-            f"the bank of stage 2 takes {size / 2**30:.1f} GiB on each rank, which has {there / 2**30:.1f}: lower --bank_size, "
-            "or take --bank_dtype float16"
-        )
+        gib, advice = 2**30, "lower --bank_size, or take --bank_dtype float16"
+        raise UserError(f"the bank of stage 2 takes {size / gib:.1f} GiB on each rank, which has {there / gib:.1f}: {advice}")
 
 
 def make_distance(run, config, device):
@@ -298,13 +281,10 @@ def learning_rate(step, train):
 
 
 def accumulate(model, objective, draw, rounds, after_round=lambda last: False):
-    """Gradients of the mean of the objective over rounds and ranks, left in .grad.
+    """Gradients of the mean of the objective over rounds and ranks, left in .grad; returns the means over rounds of its logs.
 
-    model        what the objective calls, a dist_util.parallel()
-    draw         draw(r) gives the objective's arguments for round r of `rounds`
-    after_round  called after each round with whether it was the last; the step is given up where it returns true
-
-    Returns the means over rounds of the objective's logs, or None if the step was given up.
+    draw(r) gives the objective's arguments in round r.  after_round(last) is called after each; if it returns true, the step is
+    given up, and None returned.
     """
     totals = {}
     for r in range(rounds):
@@ -335,11 +315,8 @@ class Score:
         if not run.ref_path:
             raise UserError("--ref_path is missing: --fid_freq scores against the statistics of fid.py --mode ref")
         self.reference, self.count = dist_util.agree(lambda: fid.read_statistics(run.ref_path)), config.train.fid_num
-        features = fid.choose_features("auto", shape[0], self.reference)
-        self.name = "pixel_fid" if features == "pixels" else "fid"
-        self.extract = fid.load_features(features, device, run.inception_weights, run.download)
-        made = fid.metadata_of(self.extract, shape, self.count)
-        fid.check_comparable(self.reference, self.extract.dimension(shape), made)
+        self.extract = fid.extractor(self.reference, shape, self.count, device, run)
+        self.name = "pixel_fid" if self.extract.metadata["features"] == "pixels" else "fid"
 
     def __call__(self, trained, poll):
         images = fid.measure(generator.Generated(trained, range(self.count), poll), self.extract)
@@ -365,8 +342,7 @@ class Training:
     """A run that is ready to begin: all that may refuse has been asked.  run() is the loop."""
 
     def __init__(self, run, flags, device):
-        agents = dist_util.gather(dist_util.torchrun_agent())
-        plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device, agents))
+        plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device))
         if len(set(dist_util.gather((str(plan.saved and plan.saved.path), plan.start)))) > 1:
             raise UserError(f"the ranks see different runs in --workdir {plan.workdir}: put it where all machines see the same")
         config, images, fingerprint = load_data(plan, flags)
@@ -383,7 +359,7 @@ class Training:
         kind = defaults.choose("objective", config.distil.objective, OBJECTIVES) if plan.teacher else Denoising
         self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
         anew = run.fresh and not plan.saved
-        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, anew, run.keep, agents))
+        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, anew, run.keep))
 
         self.begun = time.perf_counter() - next((x["seconds"] for x in workdir.history(plan)[::-1] if "seconds" in x), 0)
         self.steps = config.train.train_steps - (plan.origin["step"] if plan.origin else 0)  # of the run in this folder
@@ -412,7 +388,7 @@ class Training:
                     self.save()
                     self.owed = False
                     if self.asked:
-                        raise Stopped(self.asked, "the same command continues")
+                        raise Stopped(self.asked, "; the same command continues")
                 self.draw_and_score()
             self.save()
         if dist_util.rank() == 0:
@@ -437,8 +413,8 @@ class Training:
             state.window.add(logs)
             self.in_a_row = 0
         else:
-            state.skipped, state.window.skipped, self.in_a_row = state.skipped + 1, state.window.skipped + 1, self.in_a_row + 1
-            self.shown["skipped"] = state.skipped
+            state.window.skipped, self.in_a_row = state.window.skipped + 1, self.in_a_row + 1
+            self.shown["skipped"] = state.skipped = state.skipped + 1
         state.step += 1
         if self.in_a_row == min(SKIPPED_IN_A_ROW, self.steps):
             self.give_up(f"no finite loss or gradient in {self.in_a_row} steps")

@@ -4,7 +4,7 @@
 {workdir}/config.json                       the configuration, for people
 {workdir}/metrics.jsonl, loss.png           a line every log_freq steps, and what it looks like
 {workdir}/samples/{step}.png                grids of images
-{workdir}/.lock                             held by the run that writes here; says which jobs of torchrun have
+{workdir}/.lock                             held by the run that writes here; names the jobs of torchrun that did
 """
 
 import dist_util
@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,8 @@ import defaults
 import generator
 import misc
 
-FREE = (  # what may change when the same run continues; docs/reliability.md says what bsz and train_steps do to it
-    *("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz"),
-)
-
-
-# -------------------------------------------------------------------------------------------- what a command will do
+# What may change when the same run continues; docs/reliability.md says what bsz and train_steps do to it.
+FREE = ("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz")
 
 
 @dataclass
@@ -54,22 +51,21 @@ class Plan:
         return self.saved.step if self.saved else 0
 
 
-def make_plan(run, flags, device, agents):
-    """The Plan of a command, or UserError; `agents` are what dist_util.torchrun_agent() is on all ranks.
+def make_plan(run, flags, device):
+    """The Plan of a command, or UserError.
 
     What --workdir holds is continued; --resume names what a new --workdir begins from; --fresh begins anew.  A run that
     continues takes its settings from its checkpoint, a student its data and network from its teacher.
     """
     check_flags(run)
-    workdir = Path(run.workdir or default_workdir(run, flags))
-    held = None if begins_anew(run, workdir, agents) else load_last(workdir)
+    workdir = choose_folder(run, flags)
+    held = None if begins_anew(run, workdir) else load_last(workdir)
     named = load_named(run, workdir, held)
     saved = held or named
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
     if named and not held and flags.get("mode", mode) != mode:
-        raise UserError(
-            f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 begins with --teacher alone"
-        )
+        stage_2 = "stage 2 begins with --teacher alone"
+        raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; {stage_2}")
     if mode == "characteristic":
         names = {"num_steps": "grid_steps", "rho": "grid_rho"}  # in training these flags are of the grid that is learned
         flags = {names.get(name, name): value for name, value in flags.items()}
@@ -85,7 +81,9 @@ def make_plan(run, flags, device, agents):
         config = defaults.resolve({**inherited, **flags})
     if saved and (saved.step > config.train.train_steps or saved.step == config.train.train_steps and not held):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
-    origin = held.origin if held else origin_of(named) if named else None
+    origin = held.origin if held else None
+    if named and not held:
+        origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
     return Plan(config, workdir, saved, origin, teacher, teacher_file)
 
 
@@ -96,54 +94,39 @@ def check_flags(run):
         raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
     if run.keep < 0:
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
-    if run.workdir:
-        misc.check_folder(run.workdir, "workdir")
 
 
-def default_workdir(run, flags):
-    """logs/{data_name}-{mode}, with what flags, --resume and --teacher say."""
+def choose_folder(run, flags):
+    """--workdir, or logs/{data_name}-{mode} with what flags, --resume and --teacher say."""
     said = {"data_name": "digits", "mode": "denoiser"}
-    if run.teacher and flags.get("mode") == "characteristic":
-        said["data_name"] = generator.load_model(
-            run.teacher, {k: v for k, v in flags.items() if k == "data_name"}
-        ).config.data.data_name
-    if run.resume:
-        config = checkpoint.load_run(run.resume).config
+    before = run.resume or (run.teacher if flags.get("mode") == "characteristic" else None)
+    if before and not run.workdir:
+        content = checkpoint.read(before)
+        config = defaults.from_dict(content["config"]) if "config" in content else defaults.Config()
         said = {"data_name": config.data.data_name, "mode": config.task.mode}
     said |= flags
-    workdir = f"logs/{said['data_name']}-{said['mode']}"
-    misc.check_folder(workdir, "workdir")
-    return workdir
+    folder = Path(run.workdir or f"logs/{said['data_name']}-{said['mode']}")
+    misc.check_folder(folder, "workdir")
+    return folder
 
 
-def begins_anew(run, workdir, agents):
+def begins_anew(run, workdir):
     """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
 
-    Not if torchrun has started this job again: a restart is to go on.
+    Not if torchrun has started the job again, after a process died or a machine came or went: a restart is to go on.  The
+    folder's .lock names the jobs that began here.  torchrun calls a job without an id "none"; then it is a restart only if
+    torchrun has counted one.
     """
     if not run.fresh or not checkpoint.latest_checkpoint(workdir):
         return run.fresh
-    if is_restart(workdir, agents):
-        return False
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    with suppress(OSError):
+        if job in (workdir / ".lock").read_text().splitlines() and (counted or job != "none"):
+            return False
     if not run.force:
         raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
     return True
-
-
-def is_restart(workdir, agents):
-    """Whether torchrun has started a job again that was at work in this folder: a process died, or a machine came or went.
-
-    The folder's .lock has a line for each process of torchrun that began a run here.  It is a restart if one of the present
-    processes is among them.  Where a shell lies between torchrun and the script, that process is unknown: then it is a restart
-    if torchrun has counted one and the job's id is among them.
-    """
-    try:
-        begun_by = (workdir / ".lock").read_text().splitlines()
-    except OSError:
-        return False
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and any(line.split(" ")[0] == job for line in begun_by)
-    return counted or any(agent in begun_by for agent in agents)
 
 
 def load_last(workdir):
@@ -152,10 +135,8 @@ def load_last(workdir):
     if latest is None:
         return None
     if not latest.exists():
-        raise UserError(
-            f"{workdir}/latest.pth points to {latest.name}, which is missing: put it back, or remove latest.pth to "
-            "continue from the last checkpoint there is"
-        )
+        advice = "put it back, or remove latest.pth to continue from the last checkpoint there is"
+        raise UserError(f"{workdir}/latest.pth points to {latest.name}, which is missing: {advice}")
     try:
         return checkpoint.load_run(latest)
     except UserError as error:
@@ -176,10 +157,6 @@ def load_named(run, workdir, held):
     elif held and not (held.origin and held.origin["sha256"] == misc.file_hash(named.path)):
         raise UserError(f"--workdir {workdir} holds a run that did not begin from {named.path}: choose another folder")
     return named
-
-
-def origin_of(saved):
-    return {"path": os.path.abspath(saved.path), "sha256": misc.file_hash(saved.path), "step": saved.step}
 
 
 def find_teacher(run, flags, mode, saved, device):
@@ -203,9 +180,8 @@ def find_teacher(run, flags, mode, saved, device):
         raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
     digest = misc.file_hash(path)
     if known and known["sha256"] != digest:
-        raise UserError(
-            f"{path} is not the teacher that {saved.path} began with: name that one with --teacher, or begin a new run"
-        )
+        advice = "name that one with --teacher, or begin a new run"
+        raise UserError(f"{path} is not the teacher that {saved.path} began with: {advice}")
     return teacher, {"path": os.path.abspath(path), "sha256": digest}
 
 
@@ -230,32 +206,21 @@ def fit_to_ranks(plan, flags):
     if saved and "bsz" not in flags and not rest and share % train.bsz:
         config = defaults.resolve({"bsz": next(n for n in range(train.bsz, 0, -1) if share % n == 0)}, config)
     elif train.global_bsz % (train.bsz * world):
-        fitting = f"; try --bsz {share}" if rest == 0 else ""
-        raise UserError(
-            f"--global_bsz is {train.global_bsz}: it must be a multiple of --bsz times the ranks, "
-            f"{train.bsz} x {world}{fitting}"
-        )
+        must = f"it must be a multiple of --bsz times the ranks, {train.bsz} x {world}"
+        raise UserError(f"--global_bsz is {train.global_bsz}: {must}{'' if rest else f'; try --bsz {share}'}")
     if train.lr_rampup_steps > train.train_steps:
         misc.log(f"the warm-up of {train.lr_rampup_steps} steps is longer than the run of {train.train_steps}")
     if saved and train.lr_decay == "cosine" and saved.config.train.train_steps != train.train_steps:
         misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
     if saved and (saved.ranks, saved.bsz) != (world, config.train.bsz):
-        misc.log(
-            f"continuing on {world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {saved.ranks} of {saved.bsz}: each "
-            "step sees the same images, but noise, dropout and stage 2's bank are other draws, so that the weights will not be "
-            "those of a run that went on as it was"
-        )
+        now, before = f"{world} rank{'s' * (world > 1)} of {config.train.bsz}", f"{saved.ranks} of {saved.bsz}"
+        differ = "each step sees the same images, but noise, dropout and stage 2's bank are other draws"
+        misc.log(f"continuing on {now} what ran on {before}: {differ}, so that the weights will not be the same")
     return config
 
 
-# --------------------------------------------------------------------------------------------------------- the folder
-
-
 def lock(workdir):
-    """A handle on {workdir}/.lock that keeps other runs out of the folder for as long as this process lives.
-
-    UserError if another run is in the folder.
-    """
+    """A handle on {workdir}/.lock that keeps other runs out for as long as this process lives; UserError if one is in."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "a+")  # noqa: SIM115
@@ -274,12 +239,12 @@ def lock(workdir):
     return handle
 
 
-def prepare(plan, config, fresh, keep, agents):
+def prepare(plan, config, fresh, keep):
     """Make the folder ready for a run, and keep other runs out: returns the handle of lock().
 
-    Removes an earlier run if `fresh`, notes who begins here for is_restart(), and writes config.json and the lines of
-    metrics.jsonl that come before the first step.  It may be killed anywhere and started again: a `fresh` run's note is made
-    after everything is removed, so that a restart never takes what is left of the earlier run for its own.
+    Removes an earlier run if `fresh`, notes the job of torchrun, and writes config.json and the lines of metrics.jsonl that
+    come before the first step.  It may be killed anywhere.  The job is noted after everything is removed, so that a restart
+    never takes what is left of an earlier run for its own.
     """
     folder, before = plan.workdir, history(plan)
     handle = lock(folder)
@@ -295,9 +260,10 @@ def prepare(plan, config, fresh, keep, agents):
                 path.unlink(missing_ok=True)
             shutil.rmtree(folder / "samples", ignore_errors=True)
         handle.seek(0)  # to open the file again and close it would give up the lock
-        known = handle.read().splitlines()
-        handle.write("".join(f"{agent}\n" for agent in sorted(set(agents) - {None, *known})))
-        handle.flush()
+        job = os.environ.get("TORCHELASTIC_RUN_ID")
+        if job and job not in handle.read().splitlines():
+            handle.write(f"{job}\n")
+            handle.flush()
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
     if plan.in_place:  # it may have been killed before
@@ -306,9 +272,6 @@ def prepare(plan, config, fresh, keep, agents):
     with misc.atomic(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in before))
     return handle
-
-
-# ------------------------------------------------------------------------------------------------------------ metrics
 
 
 def read_metrics(workdir):

@@ -1,4 +1,4 @@
-"""Speed and memory of scoring, as ratios within one run: the numbers of the README's section "Scores".
+"""Speed and memory of scoring, as ratios within one run: the numbers of the README's page docs/scores.md.
 
   frechet     the Fréchet distance in 2,048 dimensions against scipy.linalg.sqrtm of the product
   inception   InceptionV3 features against the same network unfolded, contiguous and channels-last (random weights)

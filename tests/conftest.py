@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -17,6 +20,14 @@ from processes import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import dist_util  # noqa: E402
+
+import checkpoint  # noqa: E402
+import dataset  # noqa: E402
+import defaults  # noqa: E402
+import generator  # noqa: E402
+import misc  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -29,6 +40,21 @@ torch.set_num_threads(1)  # the models here are tiny; threads would only wait fo
 TINY_NETWORK = ["--model_channels", "8", "--channel_mult", "1", "2", "--num_blocks", "1", "--attn_resolutions", "4"]
 TINY_RUN = ["--train_steps", "3", "--bsz", "8", "--global_bsz", "16", "--log_freq", "1", "--sampling_freq", "3"]
 TINY_RUN += ["--nsampling", "4", "--lr_rampup_steps", "2"]
+
+# A run of 12 steps with a checkpoint every 3, and one that never ends; both stages.
+LENGTH = ["--train_steps", "12", "--dump_freq", "3", "--log_freq", "5", "--sampling_freq", "4", "--nsampling", "2"]
+BATCH = ["--global_bsz", "8", "--bsz", "4", "--lr_rampup_steps", "6", "--keep", "2"]
+STAGE_1 = ["train.py", *TINY_NETWORK, "--dropout", "0.2", *LENGTH, *BATCH]
+STAGE_2 = ["train.py", "--mode", "characteristic", *LENGTH, *BATCH, "--num_steps", "4", "--bank_size", "16"]
+STAGE_2 += ["--bank_refresh_freq", "2", "--teacher_steps", "3", "--dsm_share", "0.5"]
+SMALL = [*TINY_NETWORK, "--dropout", "0.2", "--global_bsz", "8", "--bsz", "4", "--lr_rampup_steps", "6", "--log_freq", "5"]
+ENDLESS = ["--train_steps", "1000000", "--dump_freq", "1000000", "--sampling_freq", "0", "--lr_decay", "none", "--keep", "2"]
+
+# Short runs of both stages, of 4 steps with a checkpoint every 2.
+SHORT_STAGE_1 = ["train.py", *TINY_NETWORK, "--train_steps", "4", "--bsz", "4", "--global_bsz", "8", "--sampling_freq", "0"]
+SHORT_STAGE_1 += ["--dump_freq", "2"]
+SHORT_STAGE_2 = ["train.py", "--mode", "characteristic", "--train_steps", "4", "--bsz", "4", "--global_bsz", "8"]
+SHORT_STAGE_2 += ["--sampling_freq", "0", "--num_steps", "2", "--bank_size", "4"]
 
 
 def launch(*command, ranks=None, expect=0):
@@ -52,6 +78,9 @@ def run(*command, ranks=1, expect=0):
         return subprocess.CompletedProcess(command, expect, job.out(), job.err())
 
 
+# ----------------------------------------------------------------------------------------------- runs and their folders
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A tiny denoiser and its flow map, trained by the real script under torchrun with two gloo ranks and two rounds."""
@@ -69,6 +98,132 @@ def trained(tmp_path_factory):
         "folders": [folder / "denoiser", folder / "flow"],
         "outputs": [first, second],
     }
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A denoiser with dropout, so that its students draw random numbers in the network too."""
+    folder = tmp_path_factory.mktemp("teacher")
+    assert Job(folder / "log", *STAGE_1, "--workdir", folder / "run").wait() == [0]
+    return folder / "run" / "DDPMpp-000012.pth"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder with the workdirs `ode` and `flow` of a tiny denoiser and its student."""
+    folder = tmp_path_factory.mktemp("models")
+    for command, name in ((SHORT_STAGE_1, "ode"), ([*SHORT_STAGE_2, "--teacher", "ode/DDPMpp-000004.pth"], "flow")):
+        job = Job(folder / f"log-{name}", *command, "--workdir", name, cwd=folder)
+        assert job.wait() == [0], job.err()
+    return folder
+
+
+def tiny_config(**flags):
+    network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+    return defaults.resolve({**network, "bsz": 8, "global_bsz": 8, "num_steps": 4, "grid_steps": 4, **flags})
+
+
+def tiny_teacher(**flags):
+    config = tiny_config(**flags)
+    torch.manual_seed(0)
+    model = checkpoint.build_model(config).eval().requires_grad_(False)
+    return generator.Trained(model, config, torch.full((1, 8, 8), 0.2), 0, "")
+
+
+def tiny_checkpoint(folder, **flags):
+    """The path of a checkpoint of tiny_config(**flags), with random weights that are not at their start."""
+    config = tiny_config(**flags)
+    torch.manual_seed(0)
+    model = checkpoint.build_model(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    data = config.data
+    mean = torch.full((data.image_channels, data.image_size, data.image_size), 0.1)
+    return checkpoint.TrainingState(model, config, mean).save(folder)
+
+
+def wait_for(condition, what, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"no {what} in {timeout} s"
+        time.sleep(0.02)
+
+
+def has_trained(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+def metrics(workdir):
+    """What metrics.jsonl holds, but for the speed and the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "seconds")} for line in lines]
+
+
+def assert_equal(a, b, where=""):
+    """Equal to the last bit: tensors, numbers, and whatever holds them."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal(*pair, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer, average, counters and metrics of two workdirs that trained to the end; pictures too."""
+    assert_equal(*(checkpoint.read(workdir / "DDPMpp-000012.pth") for workdir in (a, b)))
+    assert metrics(a) == metrics(b) and [line["step"] for line in metrics(a)] == [5, 10, 12]
+    names = [sorted(path.name for path in workdir.glob("**/*") if path.name != ".lock") for workdir in (a, b)]
+    assert names[0] == names[1]
+    for path in (a / "samples").iterdir():
+        assert path.read_bytes() == (b / "samples" / path.name).read_bytes()
+
+
+def pretend_machine(name):
+    real = os.uname()
+    dist_util.os.uname = lambda: SimpleNamespace(sysname=real.sysname, nodename=name)
+
+
+# ------------------------------------------------------------------------------------------------------- sets of images
+
+
+def images(n=37, shape=(1, 6, 5), seed=0):
+    return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def in_memory(batch):
+    return dataset.MemoryImages(batch, torch.zeros(len(batch)))
+
+
+def write_folder(folder, batch, classes=None):
+    for i, image in enumerate(batch):
+        place = folder / (f"class{i % classes}" if classes else "")
+        place.mkdir(parents=True, exist_ok=True)
+        misc.write_png(place / f"{i:06d}.png", image)
+    return folder
+
+
+def rgb16():
+    """A PNG file with 16 bits a channel, which Pillow reads as 8 without a word."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(range(5 * 6)) for _ in range(6))
+    header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------------------------------- golden weights
 
 
 def golden_generator(name):
@@ -117,6 +272,9 @@ def weights(tmp_path_factory):
     for name, content in contents.items():
         torch.save(content, paths[name])
     return paths
+
+
+# --------------------------------------------------------------------------------------------------------- closed forms
 
 
 class Gaussian:

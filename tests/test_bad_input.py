@@ -16,25 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY_NETWORK
+from conftest import SHORT_STAGE_1, SHORT_STAGE_2, TINY_NETWORK
 from processes import Job
 
 TINY = " ".join(TINY_NETWORK)
-RUN = f"train.py {TINY} --train_steps 4 --bsz 4 --global_bsz 8 --sampling_freq 0 --dump_freq 2"
-FLOW = "train.py --mode characteristic --train_steps 4 --bsz 4 --global_bsz 8 --sampling_freq 0 --num_steps 2 --bank_size 4"
+RUN, FLOW = (" ".join(command) for command in (SHORT_STAGE_1, SHORT_STAGE_2))
 
 
 # ------------------------------------------------------------------------------------------- what a case begins with
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Folder with the workdirs `ode` and `flow` of a tiny denoiser and its student."""
-    folder = tmp_path_factory.mktemp("models")
-    for command, name in ((RUN, "ode"), (f"{FLOW} --teacher ode/DDPMpp-000004.pth", "flow")):
-        job = Job(folder / f"log-{name}", *command.split(), "--workdir", name, cwd=folder)
-        assert job.wait() == [0], job.err()
-    return folder
 
 
 class Hostile:
@@ -377,7 +366,8 @@ CASES = [
     (statistics(mu=np.zeros(3), sigma=np.eye(3)), NPZ, "the reference has 2 features and the images 3"),
     (both(statistics(), put("x.npz", "hello")), NPZ, "not a statistics file"),
     (nothing, "fid.py --ref_path nowhere.npz --stat_path b.npz", "there is no file nowhere.npz"),
-    (both(copy("ode"), put("out/eval.json", "{}"), put("out/000000.png", png())), f"{ODE} --end_seed 1", "eval.json is damaged"),
+    (both(copy("ode"), put("out/eval.json", "{}"), put("out/000000.png", png())), f"{ODE} --end_seed 1",
+     "eval.json is damaged"),
 ]  # fmt: skip  # noqa: E501
 
 

@@ -3,81 +3,42 @@
 import dist_util
 
 import errno
-import json
 import math
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 import checkpoint
-import dataset
 import train
 import workdir
-from conftest import ROOT, TINY_NETWORK
+from conftest import (
+    ENDLESS,
+    ROOT,
+    SMALL,
+    STAGE_1,
+    STAGE_2,
+    assert_equal,
+    assert_same_run,
+    has_trained,
+    metrics,
+    pretend_machine,
+    wait_for,
+)
 from processes import Job, free_port
 
-LENGTH = ["--train_steps", "12", "--dump_freq", "3", "--log_freq", "5", "--sampling_freq", "4", "--nsampling", "2"]
-BATCH = ["--global_bsz", "8", "--bsz", "4", "--lr_rampup_steps", "6", "--keep", "2"]
-STAGE_1 = ["train.py", *TINY_NETWORK, "--dropout", "0.2", *LENGTH, *BATCH]
-STAGE_2 = ["train.py", "--mode", "characteristic", *LENGTH, *BATCH, "--num_steps", "4", "--bank_size", "16"]
-STAGE_2 += ["--bank_refresh_freq", "2", "--teacher_steps", "3", "--dsm_share", "0.5"]
 OBJECTIVES = ("denoiser", "trajectory", "semigroup")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A denoiser with dropout, so that its students draw random numbers in the network too."""
-    folder = tmp_path_factory.mktemp("teacher")
-    assert Job(folder / "log", *STAGE_1, "--workdir", folder / "run").wait() == [0]
-    return folder / "run" / "DDPMpp-000012.pth"
 
 
 def command(objective, teacher):
     return STAGE_1 if objective == "denoiser" else [*STAGE_2, "--objective", objective, "--teacher", teacher]
-
-
-def metrics(workdir):
-    """What metrics.jsonl holds, but for the speed and the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "seconds")} for line in lines]
-
-
-def assert_equal(a, b, where=""):
-    """Equal to the last bit: tensors, numbers, and whatever holds them."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_equal(*pair, f"{where}.{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(a, b):
-    """Weights, optimizer, average, counters and metrics of two workdirs that trained to the end; pictures too."""
-    assert_equal(*(checkpoint.read(workdir / "DDPMpp-000012.pth") for workdir in (a, b)))
-    assert metrics(a) == metrics(b) and [line["step"] for line in metrics(a)] == [5, 10, 12]
-    names = [sorted(path.name for path in workdir.glob("**/*") if path.name != ".lock") for workdir in (a, b)]
-    assert names[0] == names[1]
-    for path in (a / "samples").iterdir():
-        assert path.read_bytes() == (b / "samples" / path.name).read_bytes()
 
 
 def assert_latest_loads(workdir):
@@ -133,21 +94,6 @@ def test_a_run_killed_over_and_over_ends_as_if_it_had_been_left_alone(tmp_path, 
 
 
 # -------------------------------------------------------------------------------------------------------- signals
-
-ENDLESS = ["--train_steps", "1000000", "--dump_freq", "1000000", "--sampling_freq", "0", "--lr_decay", "none", "--keep", "2"]
-SMALL = [*TINY_NETWORK, "--dropout", "0.2", "--global_bsz", "8", "--bsz", "4", "--lr_rampup_steps", "6", "--log_freq", "5"]
-
-
-def wait_for(condition, what, timeout=60):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, f"no {what} in {timeout} s"
-        time.sleep(0.02)
-
-
-def has_trained(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.exists() and path.stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -213,15 +159,6 @@ def test_a_signal_to_reading_processes_too_ends_in_a_checkpoint(tmp_path):
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 143 and "Traceback" not in err, err
     assert checkpoint.latest_checkpoint(tmp_path / "run").exists()
-
-
-def test_rotation_keeps_what_latest_points_to(tmp_path):
-    """A kill between writing a checkpoint and pointing to it leaves a later one, which may be all that --keep 1 counts."""
-    for step in (1, 2, 3):
-        (tmp_path / f"DDPMpp-{step:06d}.pth").touch()
-    (tmp_path / "latest.pth").symlink_to("DDPMpp-000002.pth")
-    checkpoint.remove_old(tmp_path, 1)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["DDPMpp-000002.pth", "DDPMpp-000003.pth"]
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(1, [0]), (2, [1])])
@@ -352,18 +289,6 @@ def test_the_others_leave_when_a_rank_is_killed(tmp_path, victim):
     statuses = job.wait(20)
     assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1
     assert f"rank {1 - victim} leaves: it lost another rank" in job.err() and "Traceback" not in job.err()
-
-
-def test_no_rank_waits_longer_than_the_timeout_for_one_that_stands_still(tmp_path):
-    limit = {"DIST_TIMEOUT": "4"}
-    arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
-    job = Job(tmp_path / "log", *arguments, ranks=2, environment=limit)
-    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
-    job.signal(signal.SIGSTOP, [1])
-    job.processes[0].join(20)
-    assert job.processes[0].exitcode == 1 and "waited too long" in job.err()
-    job.signal(signal.SIGKILL, [1])
-    job.wait(5)
 
 
 # ------------------------------------------------------------------------------------------------------ full disks
@@ -522,56 +447,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, error):
     assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
 
 
-# ------------------------------------------------------------------------------------------------- what continues what
-
-
-def test_a_finished_run_has_nothing_left_to_do_and_says_where_it_is(tmp_path):
-    outputs = []
-    for name in ("first", "again"):
-        job = Job(tmp_path / name, *STAGE_1, "--workdir", tmp_path / "run")
-        assert job.wait() == [0]
-        outputs.append((job.out(), (tmp_path / "run" / "metrics.jsonl").read_bytes()))
-    assert outputs[0] == outputs[1] and outputs[0][0].endswith("DDPMpp-000012.pth\n")
-
-
-def test_the_last_checkpoints_are_kept(tmp_path):
-    assert Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "run").wait() == [0]
-    names = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
-    assert names == ["DDPMpp-000009.pth", "DDPMpp-000012.pth", "latest.pth"]
-    assert Job(tmp_path / "log", *STAGE_1, "--keep", "0", "--workdir", tmp_path / "all").wait() == [0]
-    assert len(checkpoint.checkpoints(tmp_path / "all")) == 4
-
-
-def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path):
-    shared = [*STAGE_1, "--workdir", tmp_path / "run", "--fresh"]
-    assert Job(tmp_path / "log", *shared).wait() == [0]
-    job = Job(tmp_path / "refused", *shared, "--seed", "1")
-    assert job.wait() == [2] and "holds a run, which --fresh would overwrite" in job.err()
-    assert Job(tmp_path / "log", *shared, "--seed", "1", "--force").wait() == [0]
-    assert Job(tmp_path / "log", *STAGE_1, "--seed", "1", "--workdir", tmp_path / "other").wait() == [0]
-    assert_same_run(tmp_path / "run", tmp_path / "other")
-
-
-def pretend_machine(name):
-    real = os.uname()
-    dist_util.os.uname = lambda: SimpleNamespace(sysname=real.sysname, nodename=name)
-
-
-def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
-    """For whatever reason it does, a machine that joins too, of which torchrun's count of restarts says nothing."""
-    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
-    agent = {"environment": {"TORCHELASTIC_RUN_ID": "none"}}  # its process here is the parent of all jobs
-    assert Job(tmp_path / "first", *shared, **agent, fault=("step", 8)).wait() == [-signal.SIGKILL]
-    again = Job(tmp_path / "again", *shared, **agent)
-    assert again.wait() == [0] and "at step 6 of 12" in again.err(), again.err()
-    counted = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
-    wrapped = Job(tmp_path / "wrapped", *shared, environment=counted, prepare=partial(pretend_machine, "a"))
-    assert wrapped.wait() == [0] and "at step 12 of 12" in wrapped.err(), wrapped.err()
-    other_job = {"environment": {"TORCHELASTIC_RUN_ID": "other"}}
-    elsewhere = {**agent, "prepare": partial(pretend_machine, "b")}
-    for name, options in (("elsewhere", elsewhere), ("other", other_job), ("alone", {})):
-        job = Job(tmp_path / name, *shared, **options)
-        assert job.wait() == [0] and "continuing" not in job.err(), job.err()
+# ---------------------------------------------------------------------------------------------------- work that goes on
 
 
 def kill_when_jobs_are_noted():
@@ -595,73 +471,6 @@ def test_a_restart_that_is_killed_while_it_notes_its_job_leaves_the_run_to_the_n
     assert killed.wait() == [-signal.SIGKILL]
     last = Job(tmp_path / "last", *shared, **job)
     assert last.wait() == [0] and "at step 6 of 12" in last.err(), last.err()
-
-
-def test_the_command_that_began_from_another_run_continues_when_that_run_has_gone_on_or_is_gone(tmp_path):
-    assert Job(tmp_path / "log", *STAGE_1, "--workdir", tmp_path / "source").wait() == [0]
-    link = tmp_path / "source" / "latest.pth"
-    shared = [*STAGE_1, "--train_steps", "24", "--resume", link, "--workdir", tmp_path / "run"]
-    assert Job(tmp_path / "first", *shared, fault=("step", 5)).wait() == [-signal.SIGKILL]
-    assert Job(tmp_path / "on", *STAGE_1, "--train_steps", "15", "--workdir", tmp_path / "source").wait() == [0]
-    second = Job(tmp_path / "second", *shared, fault=("step", 5))
-    assert second.wait() == [-signal.SIGKILL] and "at step 15 of 24" in second.err(), second.err()
-    link.unlink()
-    third = Job(tmp_path / "third", *shared)
-    assert third.wait() == [0] and "at step 18 of 24" in third.err(), third.err()
-    other = Job(tmp_path / "other", *shared, "--resume", tmp_path / "source" / "DDPMpp-000015.pth")
-    assert other.wait() == [2] and "holds a run that did not begin from" in other.err()
-
-
-def test_the_fingerprint_of_images_tells_others_apart_and_a_zip_from_its_folder_not(tmp_path):
-    for name, level in (("a", 3), ("b", 3), ("c", 4)):
-        (tmp_path / name / "x").mkdir(parents=True)
-        for i in range(70):
-            shade = level if i == 35 else i
-            Image.new("L", (4, 4), shade).save(tmp_path / name / "x" / f"{i:03d}.png")
-        shutil.make_archive(tmp_path / name, "zip", tmp_path / name)
-    found = {path.name: dataset.ImageFiles(path, 4, 1).fingerprint() for path in tmp_path.iterdir()}
-    assert found["a"] == found["b"] == found["a.zip"] != found["c"] == found["c.zip"]
-    (tmp_path / "b" / "x" / "035.png").rename(tmp_path / "b" / "x" / "100.png")
-    assert dataset.ImageFiles(tmp_path / "b", 4, 1).fingerprint() != found["a"]
-    images, labels = torch.arange(32, dtype=torch.uint8).view(2, 1, 4, 4), torch.tensor([0, 1])
-    variants = [(images, labels), (images.flip(0), labels), (images, labels.flip(0))]
-    assert len({dataset.MemoryImages(*variant).fingerprint() for variant in variants}) == 3
-
-
-def test_a_workdir_takes_one_run_at_a_time(tmp_path):
-    arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
-    first = Job(tmp_path / "first", *arguments)
-    wait_for(lambda: has_trained(tmp_path / "run"), "line of metrics")
-    second = Job(tmp_path / "second", *arguments)
-    assert second.wait(30) == [2] and "is in use by another run" in second.err()
-    first.signal(signal.SIGTERM)
-    assert first.wait(20) == [143]
-
-
-def test_another_number_of_ranks_goes_on_with_the_same_images_and_says_what_differs(tmp_path):
-    """2 ranks of 4, then 1 of 4; and from 1 rank of 8 to 2, for which 8 does not fit."""
-    for before, after, bsz in ((2, 1, ["--bsz", "4"]), (1, 2, [])):
-        start_with = [part for part in STAGE_1 if part not in ("--bsz", "4")] if not bsz else STAGE_1
-        run = ["--workdir", tmp_path / f"{before}"]
-        first = [*start_with, *run] if bsz else ["train.py", *TINY_NETWORK, *LENGTH, "--global_bsz", "8", "--bsz", "8", *run]
-        assert -signal.SIGKILL in Job(tmp_path / "a", *first, ranks=before, fault=("step", 8)).wait()
-        second = first if bsz else [part for i, part in enumerate(first) if "--bsz" not in first[max(0, i - 1) : i + 1]]
-        job = Job(tmp_path / f"b{before}", *second, ranks=after)
-        assert job.wait() == [0] * after, job.err()
-        assert f"continuing on {after} rank{'s' * (after > 1)} of 4 what ran on {before} of {4 if bsz else 8}" in job.err()
-        assert checkpoint.read(tmp_path / f"{before}" / "DDPMpp-000012.pth")["config"]["train"]["global_bsz"] == 8
-        assert [line["step"] for line in metrics(tmp_path / f"{before}")] == [5, 10, 12]
-
-
-def test_a_lost_pointer_and_a_damaged_checkpoint(tmp_path):
-    """Copying may lose the link: the last checkpoint is found.  A damaged one is an error, never passed over in silence."""
-    run = [*STAGE_1, "--workdir", tmp_path / "run"]
-    assert Job(tmp_path / "first", *run, fault=("step", 8)).wait() == [-signal.SIGKILL]
-    (tmp_path / "run" / "latest.pth").unlink()
-    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
-    (tmp_path / "run" / "DDPMpp-000006.pth").write_bytes(b"damaged")
-    job = Job(tmp_path / "second", *run)
-    assert job.wait() == [2] and "DDPMpp-000006.pth is not a checkpoint" in job.err()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -730,10 +539,3 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     err = agents[0].communicate(timeout=200)[1]
     assert agents[0].returncode == 0 and "continuing on 1 rank of 4 what ran on 2 of 4" in err, err
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10, 151, 10))
-
-
-@pytest.mark.parametrize("limit", ["soon", "0", "nan", "1e13"])
-def test_a_timeout_that_is_no_time_is_refused(tmp_path, limit):
-    arguments = ["train.py", *SMALL, *ENDLESS, "--workdir", tmp_path / "run"]
-    job = Job(tmp_path / "log", *arguments, ranks=2, environment={"DIST_TIMEOUT": limit})
-    assert job.wait() == [2, 2] and job.err().count("error: the environment variable DIST_TIMEOUT") == 1, job.err()

@@ -1,4 +1,4 @@
-"""eval.py, teaser.py and compare.py: images from seeds."""
+"""A model and seeds, to images: generator.py, and the scripts that draw them, eval.py, teaser.py and compare.py."""
 
 import csv
 import json
@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
 import generator
 import misc
 from conftest import TINY_NETWORK, run
@@ -47,14 +46,6 @@ def test_first_draw_of_a_seed_is_its_latent():
     noise = generator.SeedNoise([3, 4], (1, 8, 8), torch.device("cpu"))
     expected = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(4))
     assert torch.equal(noise()[1], expected) and not torch.equal(noise()[1], expected)
-
-
-def test_pixels_round_to_the_nearest_level():
-    x = torch.tensor([-0.2, 0.0, 0.499 / 255, 0.5 / 255, 1.0, 1.3])
-    assert dataset.to_uint8(x, centered=False).tolist() == [0, 0, 0, 1, 255, 255]
-    levels = torch.arange(256, dtype=torch.uint8)
-    for centered in (False, True):
-        assert torch.equal(dataset.to_uint8(dataset.to_model(levels, centered), centered), levels)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "deis"])

@@ -1,9 +1,8 @@
-"""Sets of images, their statistics, and the scores between them."""
+"""Statistics of sets of images, the scores between them, and fid.py."""
 
 from dist_util import UserError
 
 import csv
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,29 +13,12 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-import dataset
 import fid
 import inception
 import misc
-from conftest import golden_images, launch, run
+from conftest import golden_images, images, in_memory, launch, rgb16, run, write_folder
 
 CPU = torch.device("cpu")
-
-
-def images(n=37, shape=(1, 6, 5), seed=0):
-    return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-def in_memory(batch):
-    return dataset.MemoryImages(batch, torch.zeros(len(batch)))
-
-
-def write_folder(folder, batch, classes=None):
-    for i, image in enumerate(batch):
-        place = folder / (f"class{i % classes}" if classes else "")
-        place.mkdir(parents=True, exist_ok=True)
-        misc.write_png(place / f"{i:06d}.png", image)
-    return folder
 
 
 def covariance(rng, d, rank=None):
@@ -52,96 +34,7 @@ def distance(mu1, sigma1, mu2, sigma2):
     return fid.frechet_distance(gaussian(mu1, sigma1), gaussian(mu2, sigma2))
 
 
-# ------------------------------------------------------------------------------------------------- sets of images
-
-
-def test_flat_class_and_nested_folders_zips_and_arrays_hold_the_same_images(tmp_path):
-    batch = images(8, (3, 4, 4))
-    flat, classes = write_folder(tmp_path / "flat", batch), write_folder(tmp_path / "classes", batch, classes=3)
-    shutil.copytree(classes, tmp_path / "nested" / "more" / "deeper")
-    archive = shutil.make_archive(tmp_path / "zip", "zip", classes)
-    np.savez(tmp_path / "stored.npz", arr_0=batch.permute(0, 2, 3, 1).numpy())
-    np.savez_compressed(tmp_path / "packed.npz", batch.permute(0, 2, 3, 1).numpy(), np.zeros(8))  # guided-diffusion: labels too
-    paths = (flat, classes, tmp_path / "nested", archive, tmp_path / "stored.npz", tmp_path / "packed.npz")
-    sets = [dataset.open_images(p)[0] for p in paths]
-    for one in sets:
-        assert one.shape == (3, 4, 4)
-        assert torch.equal(one.batch(list(range(8)))[0].long().sum(0), batch.long().sum(0))
-    assert sets[0].labels.tolist() == [0] * 8
-    assert sets[1].labels.tolist() == sets[3].labels.tolist() == [0] * 3 + [1] * 3 + [2] * 2
-
-
-def test_an_array_of_images_stays_on_the_disk(tmp_path, monkeypatch):
-    batch = images(2000, (3, 32, 32)).permute(0, 2, 3, 1).numpy()
-    np.savez(tmp_path / "a.npz", batch)
-    monkeypatch.setattr(np, "load", None)  # which would read it all
-    picked = dataset.load_array(tmp_path / "a.npz").batch([3, 1999])[0]
-    assert np.array_equal(picked.permute(0, 2, 3, 1).numpy(), batch[[3, 1999]])
-
-
-def test_pictures_are_converted_without_loss(tmp_path):
-    """Black and white, grey with alpha, palettes and opaque RGBA: the same pixels as 8-bit grey or RGB."""
-    rgb = Image.fromarray(images(1, (3, 6, 5))[0].permute(1, 2, 0).numpy())
-    grey = Image.fromarray(images(1, (1, 6, 5))[0, 0].numpy())
-    palette = rgb.quantize(8)
-    opaque, grey_opaque = rgb.copy(), grey.copy()
-    opaque.putalpha(255)
-    grey_opaque.putalpha(255)
-    cases = {
-        "rgb": (rgb, rgb), "grey": (grey, grey), "palette": (palette, palette.convert("RGB")), "opaque": (opaque, rgb),
-        "grey-opaque": (grey_opaque, grey), "bits": (grey.convert("1"), grey.convert("1").convert("L")),
-    }  # fmt: skip
-    for name, (picture, expected) in cases.items():
-        picture.save(tmp_path / f"{name}.png")
-        found = dataset.decode((tmp_path / f"{name}.png").read_bytes())
-        assert found.mode == expected.mode and found.tobytes() == expected.tobytes(), name
-
-
-def rgb16():
-    """A PNG file with 16 bits a channel, which Pillow reads as 8 without a word."""
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + bytes(range(5 * 6)) for _ in range(6))
-    header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def test_only_the_documented_formats_are_decoded(tmp_path):
-    Image.new("RGB", (5, 6)).save(tmp_path / "x.png", format="TIFF")
-    with pytest.raises(OSError, match="cannot identify"):
-        dataset.decode((tmp_path / "x.png").read_bytes())
-
-
-def test_a_link_that_leads_back_does_not_repeat_images(tmp_path):
-    write_folder(tmp_path / "a", images(4), classes=2)
-    (tmp_path / "a" / "class0" / "again").symlink_to(tmp_path / "a")
-    assert len(dataset.ImageFiles(tmp_path / "a")) == 4
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda p: p.write_bytes(rgb16()), "16 bits"),
-        (lambda p: Image.fromarray(np.full((6, 5), 40000, np.uint16)).save(p), "16 bits"),
-        (lambda p: Image.new("RGBA", (5, 6), (1, 2, 3, 254)).save(p), "transparent"),
-        (lambda p: Image.new("LA", (5, 6), (1, 0)).save(p), "transparent"),
-        (lambda p: Image.new("P", (5, 6)).save(p, transparency=0), "transparent"),
-        (lambda p: Image.new("RGB", (5, 6)).save(p, transparency=(0, 0, 0)), "transparent"),
-        (lambda p: Image.new("CMYK", (5, 6)).save(p, format="JPEG"), "mode CMYK"),
-        (lambda p: Image.new("L", (5, 6)).save(p, save_all=True, append_images=[Image.new("L", (5, 6), 9)]), "2 frames"),
-    ],
-)
-def test_pictures_that_would_lose_something_are_refused(tmp_path, write, message):
-    write(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=message):
-        dataset.decode((tmp_path / "x.png").read_bytes())
-
-
-# ---------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize(("ranks", "n"), [(1, 37), (2, 37), (3, 2)])
@@ -210,6 +103,14 @@ def test_inception_scores_do_not_depend_on_the_ranks_and_are_finite_for_few_imag
     assert float(done.stdout) == pytest.approx(fid.frechet_distance(one, other), rel=1e-3)
 
 
+def test_foreign_weights_are_refused(weights, tmp_path):
+    with pytest.raises(UserError, match="does not hold the weights of FID's InceptionV3.*Conv2d_1a"):
+        fid.Inception(CPU, weights["vgg"], "")
+    (tmp_path / "x.pth").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        fid.Inception(CPU, tmp_path / "x.pth", "")
+
+
 def test_a_subset_is_the_same_on_any_number_of_ranks(tmp_path):
     folder = write_folder(tmp_path / "images", images())
     for ranks in (1, 2):
@@ -260,7 +161,7 @@ def test_damaged_statistics_are_refused(tmp_path, arrays, message):
         fid.read_statistics(tmp_path / "x.npz", features=True)
 
 
-# ------------------------------------------------------------------------------------------------------ distance
+# ------------------------------------------------------------------------------------------------------------- distance
 
 
 def test_distance_of_equal_gaussians_is_zero():
@@ -323,7 +224,7 @@ def test_no_score_is_printed_as_minus_zero():
     assert [fid.show(x) for x in (-0.0, -1e-9, 0.0, 1.23456, -0.5)] == ["0.0000", "0.0000", "0.0000", "1.2346", "-0.5000"]
 
 
-# ----------------------------------------------------------------------------------------- kid, precision, recall
+# ----------------------------------------------------------------------------------------------- kid, precision, recall
 
 
 def test_kid_is_the_mean_of_brute_force_estimates_over_blocks():
@@ -417,7 +318,7 @@ def test_scores_need_enough_images():
         fid.precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
 
 
-# ------------------------------------------------------------------------------------------------- comparability
+# -------------------------------------------------------------------------------------------------------- comparability
 
 
 def described(**change):
@@ -458,73 +359,7 @@ def test_features_follow_the_data_and_the_reference():
         fid.choose_features("inception", 3, ours)
 
 
-# ------------------------------------------------------------------------------------------------- weights files
-
-
-def published(monkeypatch, tmp_path, content=b"weights", promise=None):
-    """A stand-in for the place where weights are published, on this disk."""
-    name = f"w-{promise or hashlib.sha256(content).hexdigest()[:8]}.pth"
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / name).write_bytes(content)
-    monkeypatch.setitem(misc.WEIGHTS, "inception_weights", (name, f"file://{tmp_path}/site", "scores need"))
-    monkeypatch.chdir(tmp_path)
-    return name
-
-
-def test_weights_are_downloaded_once_and_checked(monkeypatch, tmp_path):
-    name = published(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match=f"scores need weights/{name}: get it from file://.*--inception_weights.*--download"):
-        misc.weights_file("inception_weights", None, False)
-    path, digest = misc.weights_file("inception_weights", None, True)
-    assert path.read_bytes() == b"weights" and digest == hashlib.sha256(b"weights").hexdigest()
-    assert [p.name for p in (tmp_path / "weights").iterdir()] == [name]
-    path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match="damaged or another file"):
-        misc.weights_file("inception_weights", None, True)
-
-
-def test_a_download_with_another_hash_leaves_nothing(monkeypatch, tmp_path):
-    published(monkeypatch, tmp_path, promise="00000000")
-    with pytest.raises(UserError, match="cannot download.*its SHA-256 is .*, not 00000000"):
-        misc.weights_file("inception_weights", None, True)
-    assert list((tmp_path / "weights").iterdir()) == []
-
-
-def test_a_download_that_breaks_off_leaves_nothing(monkeypatch, tmp_path):
-    """Also where no hash is known: the place says 100 bytes are coming and sends 7."""
-    name = published(monkeypatch, tmp_path)
-    unhashed = ("w.pt", f"file://{tmp_path}/site", "scores need")
-    monkeypatch.setitem(misc.WEIGHTS, "inception_weights", unhashed)
-    (tmp_path / "site" / name).rename(tmp_path / "site" / "w.pt")
-    real = misc.urllib.request.urlopen
-
-    def short(url, timeout):
-        reply = real(url, timeout=timeout)
-        reply.headers.replace_header("Content-Length", "100")
-        return reply
-
-    monkeypatch.setattr(misc.urllib.request, "urlopen", short)
-    with pytest.raises(UserError, match="broke off after 7 of 100 bytes"):
-        misc.weights_file("inception_weights", None, True)
-    assert list((tmp_path / "weights").iterdir()) == []
-    monkeypatch.undo()
-
-
-def test_a_file_of_the_users_own_name_promises_no_hash(monkeypatch, tmp_path):
-    published(monkeypatch, tmp_path)
-    (tmp_path / "mine-20240101.pth").write_bytes(b"x")
-    assert misc.weights_file("inception_weights", "mine-20240101.pth", False)[1] == hashlib.sha256(b"x").hexdigest()
-
-
-def test_foreign_weights_are_refused(weights, tmp_path):
-    with pytest.raises(UserError, match="does not hold the weights of FID's InceptionV3.*Conv2d_1a"):
-        fid.Inception(CPU, weights["vgg"], "")
-    (tmp_path / "x.pth").write_bytes(b"no pickle")
-    with pytest.raises(UserError, match="does not hold the weights"):
-        fid.Inception(CPU, tmp_path / "x.pth", "")
-
-
-# ------------------------------------------------------------------------------------------------------ fid.py
+# --------------------------------------------------------------------------------------------------------------- fid.py
 
 
 def test_fid_prints_one_number_and_appends_a_row(tmp_path):
@@ -709,18 +544,3 @@ def test_a_constant_set_has_statistics_that_are_read(tmp_path):
     write_folder(tmp_path / "a", torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
     run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "a", "--dest", tmp_path / "a.npz")
     assert run("fid.py", "--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz").stdout == "0.0000\n"
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
-    (tmp_path / "file").touch()
-    misc.check_writable(tmp_path / "new" / "deeper" / "x.npz")
-    long = tmp_path / ("x" * 300) / "x.npz"
-    places = [(tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file"), (long, "too long")]
-    if Path("/proc/self").exists():
-        places.append((Path("/proc/new/x.npz"), "/proc is not writable"))
-    for path, message in places:
-        with pytest.raises(UserError, match=message):
-            misc.check_writable(path)
-    done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "file" / "x.npz", expect=2)
-    assert done.stderr.count("error: cannot write") == 1 and "statistics" not in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

@@ -1,10 +1,7 @@
-"""Training through the real script and its parts: gradients, averages, data order, checkpoints, both objectives."""
+"""The objectives, their gradients, and both stages by the script."""
 
 import dataclasses
-import io
 import json
-import os
-import zipfile
 
 import pytest
 import torch
@@ -13,24 +10,10 @@ from PIL import Image
 import checkpoint
 import dataset
 import defaults
-import generator
-import misc
 import network
 import sde
 import train
-from conftest import ROOT, TINY_NETWORK, TINY_RUN, launch, run
-
-
-def tiny_config(**flags):
-    network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
-    return defaults.resolve({**network, "bsz": 8, "global_bsz": 8, "num_steps": 4, "grid_steps": 4, **flags})
-
-
-def tiny_teacher(**flags):
-    config = tiny_config(**flags)
-    torch.manual_seed(0)
-    model = checkpoint.build_model(config).eval().requires_grad_(False)
-    return generator.Trained(model, config, torch.full((1, 8, 8), 0.2), 0, "")
+from conftest import ROOT, TINY_NETWORK, TINY_RUN, launch, run, tiny_config, tiny_teacher
 
 
 def student_of(teacher, **flags):
@@ -48,12 +31,13 @@ def objective_of(teacher, student, config, start=0):
     return objective
 
 
-# ----------------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------------------------ gradients
+
 
 GRADIENTS = """
 import sys, torch, dist_util, train
 sys.path.insert(0, "tests")
-from test_training import gradient_model, gradient_objective, gradient_batch
+from test_train import gradient_model, gradient_objective, gradient_batch
 
 def main():
     rounds = int(sys.argv[1])
@@ -104,38 +88,6 @@ def test_two_ranks_of_two_rounds_give_the_gradients_of_one(tmp_path):
     assert sum(p.grad.abs().sum() for p in model.parameters()) > 0
 
 
-def test_rounds_and_ranks_split_the_same_images(monkeypatch):
-    """Step 3 uses the same images whatever the number of ranks and rounds."""
-    monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 1)
-    whole = next(iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=24)))
-    split = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 2)
-        monkeypatch.setattr(dataset.dist_util, "rank", lambda rank=rank: rank)
-        batches = iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=6))
-        split += [next(batches), next(batches)]
-    assert sorted(sum(split, [])) == sorted(whole)
-
-
-def test_an_epoch_shows_every_image_once_and_epochs_differ():
-    batches = iter(dataset.Batches(12, seed=0, start=0, global_bsz=5, bsz=5))
-    stream = sum((next(batches) for _ in range(5)), [])[:24]
-    assert sorted(stream[:12]) == sorted(stream[12:]) == list(range(12)) and stream[:12] != stream[12:]
-
-
-def test_ema_follows_its_formula():
-    module = torch.nn.Linear(1, 1)
-    ema = checkpoint.EMA(module, 0.5)
-    expected = module.weight.detach().clone()
-    for step in range(20):
-        with torch.no_grad():
-            module.weight.add_(1)
-        ema.update(module, step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * module.weight.detach()
-    torch.testing.assert_close(ema.module.weight, expected)
-
-
 def test_learning_rate_warms_up_and_decays():
     cfg = tiny_config(lr=1.0, lr_rampup_steps=4, train_steps=100, lr_decay="none").train
     assert [train.learning_rate(s, cfg) for s in (0, 1, 3, 50, 99)] == [0.25, 0.5, 1, 1, 1]
@@ -143,7 +95,19 @@ def test_learning_rate_warms_up_and_decays():
     assert train.learning_rate(50, cfg) == pytest.approx(0.5) and train.learning_rate(99, cfg) < 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------- objectives
+def test_ranks_rounds_and_steps_draw_different_noise_and_the_same_again(monkeypatch):
+    def draw(rank, step, r):
+        monkeypatch.setattr(train.dist_util, "rank", lambda: rank)
+        generator = torch.Generator()
+        train.seed_round(generator, 0, step, r)
+        return torch.cat([torch.randn(3, generator=generator), torch.rand(3)])
+
+    draws = [draw(*where) for where in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all((draws[i] != draws[j]).all() for i in range(4) for j in range(i))
+    assert torch.equal(draw(1, 0, 0), draws[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- objectives
 
 
 def test_bank_holds_the_teachers_solutions_and_is_refreshed():
@@ -195,7 +159,7 @@ def test_objectives_learn_and_use_labels(objective, label_dim):
     assert logs["weight"] > 0 and all(p.grad is None for p in loss.ema.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------ the script
+# ----------------------------------------------------------------------------------------------------------- the script
 
 
 def test_both_stages_run_under_torchrun_and_leave_everything(trained):
@@ -213,116 +177,7 @@ def test_both_stages_run_under_torchrun_and_leave_everything(trained):
     assert "model_channels=8" in trained["outputs"][0].stderr
 
 
-def test_checkpoint_holds_what_the_format_says(trained):
-    content = torch.load(trained["denoiser"], weights_only=True)
-    assert set(content) == {"model", "ema", "optim", "step", "config", "mean", "random", "run", "format"}
-    assert content["step"] == 3 and content["mean"].shape == (1, 8, 8)
-    assert not torch.equal(content["model"]["dec.8x8_aux_conv.bias"], content["ema"]["dec.8x8_aux_conv.bias"])
-
-
-def test_equal_runs_write_equal_files(tmp_path):
-    """So that the hash in a table of scores names the weights."""
-    config = tiny_config()
-    hashes = set()
-    for folder in ("a", "b/longer"):
-        torch.manual_seed(0)
-        model = checkpoint.build_model(config)
-        path = checkpoint.TrainingState(model, config, torch.zeros(1, 8, 8)).save(tmp_path / folder)
-        assert f".pth.{os.getpid()}".encode() not in path.read_bytes()  # torch.save keeps the name of a path it is given
-        hashes.add(misc.file_hash(path))
-    assert len(hashes) == 1
-
-
-def test_ranks_rounds_and_steps_draw_different_noise_and_the_same_again(monkeypatch):
-    def draw(rank, step, r):
-        monkeypatch.setattr(train.dist_util, "rank", lambda: rank)
-        generator = torch.Generator()
-        train.seed_round(generator, 0, step, r)
-        return torch.cat([torch.randn(3, generator=generator), torch.rand(3)])
-
-    draws = [draw(*where) for where in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    assert all((draws[i] != draws[j]).all() for i in range(4) for j in range(i))
-    assert torch.equal(draw(1, 0, 0), draws[1])
-
-
-def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
-    """To the same weights, optimizer and average; and the same command again goes on there."""
-    shared = ["train.py", "--mode", "denoiser", *TINY_NETWORK, *TINY_RUN]
-    run(*shared, "--workdir", tmp_path / "whole", "--dump_freq", "2")
-    resume = [*shared, "--workdir", tmp_path / "rest", "--resume", tmp_path / "whole" / "DDPMpp-000002.pth"]
-    run(*resume)
-    a, b = (checkpoint.read(tmp_path / d / "DDPMpp-000003.pth") for d in ("whole", "rest"))
-    for part in ("model", "ema"):
-        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    assert all(torch.equal(a["optim"]["state"][i]["exp_avg"], b["optim"]["state"][i]["exp_avg"]) for i in a["optim"]["state"])
-    again = run(*resume, "--train_steps", "4")
-    assert "rest/DDPMpp-000003.pth at step 3 of 4" in again.stderr and (tmp_path / "rest" / "DDPMpp-000004.pth").exists()
-    other = [*resume[:-1], tmp_path / "whole" / "DDPMpp-000003.pth", "--train_steps", "9"]
-    assert "did not begin from" in run(*other, expect=2).stderr
-    back = [*resume[:-3], tmp_path / "whole", *resume[-2:]]
-    assert "goes on from its last checkpoint" in run(*back, expect=2).stderr
-
-
-def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
-    odd = ["--sigma_data", "0.5", "--no-centered", "--lr", "1e-4"]
-    run("train.py", *TINY_NETWORK, *TINY_RUN, *odd, "--workdir", tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    with open(metrics, "a") as file:
-        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # what a run that was killed later may leave
-    checkpoint = tmp_path / "run" / "DDPMpp-000003.pth"
-    run("train.py", "--resume", tmp_path / "run" / "latest.pth", "--train_steps", "5", "--workdir", tmp_path / "run")
-    saved = torch.load(tmp_path / "run" / "DDPMpp-000005.pth", weights_only=True)["config"]
-    assert saved["network"]["sigma_data"] == 0.5 and not saved["data"]["centered"] and saved["train"]["lr"] == 1e-4
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 5]
-    for flags, message in ((["--train_steps", "3"], "at step 3 already"), (["--sigma_data", "2"], "--sigma_data is 2.0")):
-        done = run("train.py", "--resume", checkpoint, *flags, "--workdir", tmp_path / "new", expect=2)
-        assert message in done.stderr and not (tmp_path / "new").exists()
-
-
-def test_zip_data_is_read_whole_by_several_workers(tmp_path):
-    with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for i in range(40):
-            image = io.BytesIO()
-            pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-            Image.fromarray(pixels.numpy()).save(image, format="PNG")
-            archive.writestr(f"c{i % 2}/{i:02d}.png", image.getvalue())
-    config = tiny_config(data_name="folder", image_size=8, num_workers=2)
-    images_of_zip = dataset.ImageFiles(tmp_path / "data.zip", 8, 3)
-    expected, labels = images_of_zip.batch(list(range(40)))
-    order = iter(dataset.Batches(40, config.train.seed, 0, 8, 8))
-    for (images, classes), indices in zip(
-        (next(b) for b in [dataset.batches(images_of_zip, config.data, config.train, 0)] * 20), order
-    ):
-        assert torch.equal(images, expected[indices]) and torch.equal(classes, labels[indices])
-
-
-def test_a_broken_image_met_in_training_ends_the_run_with_one_line(trained, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for i in range(8):
-        Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
-    options = ["--data_name", "folder", "--data_path", folder, "--image_size", "8", "--image_channels", "1"]
-    run("train.py", *options, *TINY_NETWORK, *TINY_RUN, "--num_workers", "0", "--workdir", tmp_path / "teacher")
-    (folder / "5.png").write_bytes(b"broken")  # stage 2 takes the mean from its teacher: the first read is a step's
-    teacher = ["--mode", "characteristic", "--teacher", tmp_path / "teacher" / "DDPMpp-000003.pth", "--bank_size", "8"]
-    shared = ["train.py", *teacher, *TINY_RUN, "--num_steps", "2", "--num_workers", "1", "--workdir", tmp_path / "student"]
-    done = run(*shared, expect=2)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "cannot read image 5.png" in errors[0] and "Traceback" not in done.stderr
-
-
-def test_folder_data_trains_a_conditional_colour_model(tmp_path):
-    for i in range(6):
-        (tmp_path / "data" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20 + i, 18), (40 * i, 10, 200)).save(tmp_path / "data" / f"c{i % 2}" / f"{i}.png")
-    options = ["--data_name", "folder", "--data_path", tmp_path / "data", "--image_size", "8", "--label_dim", "2"]
-    run("train.py", *options, *TINY_NETWORK, *TINY_RUN, "--num_workers", "1", "--workdir", tmp_path / "run")
-    checkpoint = tmp_path / "run" / "DDPMpp-000003.pth"
-    run("eval.py", "--checkpoint", checkpoint, "--workdir", tmp_path / "out", "--end_seed", "2", "--num_steps", "2", "--sde")
-    assert Image.open(tmp_path / "out" / "000002.png").mode == "RGB"
-
-
-# ------------------------------------------------------------------------------------------------ scores and LPIPS
+# ----------------------------------------------------------------------------------------------------- scores and LPIPS
 
 
 def test_training_scores_itself_with_the_score_that_fid_py_gives(tmp_path):
