@@ -417,10 +417,10 @@ def check_classes(images, label_dim):
     shown = [f"{name or '(no folder)'} {count}" for name, count in zip(names, counts)]
     shown = ", ".join(shown if len(shown) <= 12 else [*shown[:11], f"and {len(shown) - 11} more"])
     if label_dim:
-        splits = {"train", "test", "val", "valid", "validation"} & {name.lower() for name in names}
+        splits = {name.lower() for name in names} <= {"train", "test", "val", "valid", "validation"}
         why = f"the data has {len(names)} class{'es' * (len(names) != 1)}"
         why = "there are pictures beside the class folders" if "" in names[:-1] + names[1:] else why
-        why = f"{' and '.join(sorted(splits))} are parts of a data set, not classes" if splits else why
+        why = "these are parts of a data set, not classes" if splits else why
         if label_dim != len(names) or splits or "" in names or 0 in counts:
             raise UserError(f"--label_dim is {label_dim}, but {why}: found {shown}; --data_path names what holds the classes")
     if len(names) > 1 or label_dim:

@@ -261,9 +261,10 @@ def read_statistics(path, features=False):
         raise UserError(f"{path} is a folder: fid.py --mode gen --img_folder {path} --dest x.npz makes statistics of images")
     held = ""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                held = f": it holds one array {archive.shape}"
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            held = f": it holds one array {archive.shape}"
+        with archive:
             dataset.refuse_bombs(archive.zip)
             held = f": it holds {', '.join(archive.files[:5])}"
             mu, sigma = archive["mu"], archive["sigma"]

@@ -106,11 +106,11 @@ class Distillation(Objective):
         distil = self.config.distil
         if denoising is None:
             return distance, {"loss": distance, "distance": distance}
-        weight = distil.dsm_weight
+        weight = torch.full_like(distance, distil.dsm_weight).detach()
         if distil.adaptive_weight:
             weight = weight * self.balance(distance, denoising, place)
         loss = distance + weight * denoising
-        return loss, {"loss": loss, "distance": distance, "denoising": denoising, "weight": torch.as_tensor(weight)}
+        return loss, {"loss": loss, "distance": distance, "denoising": denoising, "weight": weight}
 
     def balance(self, distance, denoising, place):
         """sde.adaptive_weight of the two losses, over all ranks, and over the rounds of this step up to the present one."""
@@ -428,7 +428,7 @@ class Training:
         seed_round(self.generator, train.seed, self.state.step, r)
         x0 = dataset.to_model(images.to(device, non_blocking=True), self.config.data.centered)
         place = (r * dist_util.world_size() + dist_util.rank()) * train.bsz
-        return x0, dataset.one_hot(labels.to(device), self.config.network.label_dim), self.generator, place
+        return x0, dataset.one_hot(labels.to(device, non_blocking=True), self.config.network.label_dim), self.generator, place
 
     def after_round(self, last):
         """Whether the present step is given up, for a signal."""
@@ -465,7 +465,7 @@ class Training:
     def save(self):
         """A checkpoint of the last step, if there is none.  Not after skipped steps, unless the run ends: it may be bad."""
         done = self.state.step
-        if done != self.last_saved and (not self.in_a_row or done == self.config.train.train_steps):
+        if done and done != self.last_saved and (not self.in_a_row or done == self.config.train.train_steps):
             if not self.state.is_finite():
                 self.give_up("the weights are not finite")
             self.state.save(self.folder, self.keep)

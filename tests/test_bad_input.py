@@ -263,6 +263,8 @@ CASES = [
     (put("file", "text"), "fid.py --mode ref --dest file/x.npz", "cannot write file/x.npz"),
     (nothing, "teaser.py --data_name bogus", "invalid choice: 'bogus'"),
     (nothing, "compare.py --denoiser nowhere.pth", "--characteristic is missing"),
+    (copy("ode", "flow"), "compare.py --denoiser ode/latest.pth --characteristic flow/latest.pth --dest out --ref_path no.npz "
+     "--end_seed 4294967296", "each below 2^32"),
 
     # checkpoints: hostile, truncated, empty, foreign, of another network
     (nothing, "eval.py --checkpoint nowhere.pth --workdir out", "there is no checkpoint nowhere.pth"),

@@ -1,13 +1,23 @@
 """Weights on disk: what a checkpoint holds, the moving average, which files are kept, and files of others."""
 
-import os
-import signal
+from dist_util import UserError
 
+import errno
+import json
+import os
+import pickle
+import signal
+import stat
+import struct
+
+import numpy as np
+import pytest
 import torch
 
 import checkpoint
+import generator
 import misc
-from conftest import STAGE_1, tiny_config
+from conftest import SHORT_STAGE_1, STAGE_1, tiny_checkpoint, tiny_config
 from processes import Job
 
 
@@ -73,3 +83,141 @@ def test_a_lost_pointer_and_a_damaged_checkpoint(tmp_path):
     (tmp_path / "run" / "DDPMpp-000006.pth").write_bytes(b"damaged")
     job = Job(tmp_path / "second", *run)
     assert job.wait() == [2] and "DDPMpp-000006.pth is not a checkpoint" in job.err()
+
+
+def refuse_links():
+    """As on file systems without symbolic links."""
+
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    os.symlink = refuse
+
+
+def refuse_to_sync_folders():
+    """As on some network file systems."""
+    real = os.fsync
+
+    def sync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(handle)
+
+    os.fsync = sync
+
+
+@pytest.mark.parametrize(("limits", "links"), [(refuse_links, False), (refuse_to_sync_folders, True)])
+def test_file_systems_that_cannot_do_everything_hold_runs_too(tmp_path, limits, links):
+    """Training goes on, the last checkpoint is found, and the same command continues."""
+    command = [*SHORT_STAGE_1, "--keep", "1", "--workdir", tmp_path / "run"]
+    first = Job(tmp_path / "first", *command, prepare=limits)
+    assert first.wait() == [0], first.err()
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000004.pth"
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["DDPMpp-000004.pth"]
+    assert (tmp_path / "run" / "latest.pth").is_symlink() == links and not list((tmp_path / "run").glob(".*.tmp"))
+    again = Job(tmp_path / "again", *command, "--train_steps", "6", prepare=limits)
+    assert again.wait() == [0] and "DDPMpp-000004.pth at step 4 of 6" in again.err(), again.err()
+
+
+def test_a_pointer_that_cannot_be_moved_on_is_removed(tmp_path, monkeypatch):
+    """So that it never points to an earlier checkpoint than the last."""
+    paths = [tmp_path / f"DDPMpp-{step:06d}.pth" for step in (1, 2)]
+    for path in paths:
+        path.touch()
+    checkpoint.point_to(paths[0])
+    assert checkpoint.latest_checkpoint(tmp_path) == paths[0]
+    monkeypatch.setattr(os, "symlink", os.symlink)  # to be undone
+    refuse_links()
+    checkpoint.point_to(paths[1])
+    assert checkpoint.latest_checkpoint(tmp_path) == paths[1] and not (tmp_path / "latest.pth").is_symlink()
+
+
+# ------------------------------------------------------------------------------------------------------ files of others
+
+TINY = {"data_name": "digits", "model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+
+
+def tiny_weights(mode="denoiser"):
+    torch.manual_seed(1)
+    return checkpoint.build_model(tiny_config(mode=mode)).net.state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize("place", [None, "ema", "model", "state_dict"])
+def test_weights_of_others_load_under_any_wrapper_and_name(tmp_path, prefix, place):
+    """DataParallel and torch.compile put names before every name; some save nothing but the weights."""
+    own = tiny_weights()
+    state = {f"{prefix}{name}": value for name, value in own.items()}
+    torch.save(state if place is None else {place: state, "epoch": 3, "args": {"lr": 1e-3}}, tmp_path / "x.pth")
+    loaded = generator.load_model(tmp_path / "x.pth", TINY)
+    assert all(torch.equal(value, own[name]) for name, value in loaded.model.net.state_dict().items())
+    assert not loaded.is_flow_map and not loaded.knows_mean
+    with pytest.raises(UserError, match="has no configuration: say --data_name"):
+        generator.load_model(tmp_path / "x.pth")
+
+
+def test_a_flow_map_of_others_is_known_by_its_weights(tmp_path):
+    torch.save(tiny_weights("characteristic"), tmp_path / "x.pth")
+    loaded = generator.load_model(tmp_path / "x.pth", TINY)
+    assert loaded.is_flow_map and loaded.config.sampling.num_steps == 1
+
+
+def test_names_that_are_missing_and_names_that_are_unknown_are_both_shown(tmp_path):
+    state = tiny_weights()
+    state["dec.8x8_aux_conv.scale"] = state.pop("dec.8x8_aux_conv.bias")
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="dec.8x8_aux_conv.bias is missing; dec.8x8_aux_conv.scale is unknown"):
+        generator.load_model(tmp_path / "x.pth", TINY)
+    torch.save({f"theirs.{name}": value for name, value in state.items()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"and \d+ more.* missing; theirs\..* and \d+ more.* unknown"):
+        generator.load_model(tmp_path / "x.pth", TINY)
+
+
+class Settings:
+    """Something that a pickle can hold, and that is no tensor."""
+
+
+def safetensors(state):
+    """The beginning of such a file: the length of its header, then the header."""
+    header = json.dumps({name: {"dtype": "F32", "shape": list(v.shape), "data_offsets": [0, 4]} for name, v in state.items()})
+    return struct.pack("<Q", len(header)) + header.encode() + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (safetensors, "safetensors"),
+        (lambda state: pickle.dumps({"ema": Settings()}), "Python objects|pickle"),
+        (lambda state: {"ema": state, "args": Settings()}, r"it holds Python objects.*Settings"),
+        (lambda state: torch.nn.Linear(1, 1), r"it holds Python objects.*Linear"),
+        (lambda state: {"ema": state, "loss": np.float64(0.5)}, "it holds numpy values"),
+        (lambda state: {"weights": {"ema": state}, "step": 3}, "no 'model' and 'ema' state dicts; it holds weights, step"),
+        (lambda state: list(state.values()), "it is a list"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_called_what_it_is(tmp_path, content, message):
+    content = content(tiny_weights())
+    if isinstance(content, bytes):
+        (tmp_path / "x.pth").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.read(tmp_path / "x.pth")
+    assert "x.pth" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_flow_map_of_an_earlier_version_keeps_its_grid_and_is_drawn_in_one_step(tmp_path):
+    """There the steps of stage 2's grid and of sampling were one setting."""
+    path = tiny_checkpoint(tmp_path, mode="characteristic")
+    content = torch.load(path, weights_only=True)
+    plain = content["config"]
+    for name in ("grid_steps", "grid_rho"):
+        del plain["distil"][name]
+    for name in ("class_names", "class_counts"):
+        del plain["data"][name]
+    plain["sampling"].update(num_steps=20, rho=2.0)
+    del content["run"]["teacher"]
+    torch.save(content, path)
+    config = generator.load_model(path).config
+    assert (config.distil.grid_steps, config.distil.grid_rho, config.sampling.num_steps) == (20, 2.0, 1)
+    assert config.data.class_names == ()

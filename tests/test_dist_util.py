@@ -1,11 +1,85 @@
 """One process or many: the environment, the time limit, and leaving together."""
 
+import dist_util
+
+import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 
-from conftest import ENDLESS, SMALL, has_trained, wait_for
+from conftest import ENDLESS, ROOT, SMALL, has_trained, launch, wait_for
 from processes import Job
+
+# ------------------------------------------------------------------------------------------------------ the environment
+
+COMPLETE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({**COMPLETE, "RANK": "2"}, "RANK=2"),
+        ({**COMPLETE, "RANK": "-1"}, "RANK=-1"),
+        ({**COMPLETE, "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({**COMPLETE, "RANK": "first"}, "RANK=first"),
+        ({**COMPLETE, "WORLD_SIZE": ""}, "WORLD_SIZE="),
+        ({**COMPLETE, "LOCAL_RANK": "x"}, "LOCAL_RANK"),
+        ({**COMPLETE, "MASTER_PORT": "x"}, "MASTER_PORT"),
+    ],
+    ids=str,
+)
+def test_half_an_environment_of_ranks_is_one_line(tmp_path, variables, named):
+    """As a cluster's shell leaves it: half the batch and half the images would be made, in silence."""
+    job = Job(tmp_path / "log", "fid.py", "--mode", "ref", "--dest", tmp_path / "x", environment=variables)
+    assert job.wait() == [2] and not (tmp_path / "x.npz").exists(), job.err()
+    lines = job.err().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: the environment has ") and named in lines[0], job.err()
+    assert "torchrun" in lines[0] and "unset" in lines[0]
+
+
+def test_half_an_environment_is_one_line_from_the_start(tmp_path, monkeypatch):
+    """Of a script as users start it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = launch("fid.py", "--mode", "ref", "--dest", tmp_path / "x", expect=2)
+    assert done.stderr.startswith("error: the environment has WORLD_SIZE=2") and done.stderr.count("\n") == 1
+
+
+def test_there_is_one_rank_without_torchrun_whatever_a_cluster_says(monkeypatch):
+    cluster = {"MASTER_ADDR": "node7", "MASTER_PORT": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    cluster |= {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "GROUP_RANK": "1"}
+    for name, value in cluster.items():
+        monkeypatch.setenv(name, value)
+    with dist_util.session() as device:
+        assert (dist_util.rank(), dist_util.world_size()) == (0, 1) and device.index in (None, 0)
+        assert not torch.distributed.is_initialized()
+        assert dist_util.gather(5) == [5] and dist_util.agree(lambda: 6) == 6
+
+
+def test_gradients_are_averaged_by_torch_where_there_are_ranks_and_there_alone():
+    """The names in a state dict stay: it is taken from the model inside."""
+    model = torch.nn.Linear(2, 1)
+    assert dist_util.parallel(model) is model
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = dist_util.parallel(model)
+        assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel) and wrapped.module is model
+        with dist_util.accumulating(wrapped):
+            assert not wrapped.require_backward_grad_sync
+        assert wrapped.require_backward_grad_sync
+    finally:
+        torch.distributed.destroy_process_group()
+    with dist_util.accumulating(model):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- the time limit
 
 
 @pytest.mark.parametrize("limit", ["soon", "0", "nan", "1e13"])
@@ -25,3 +99,53 @@ def test_no_rank_waits_longer_than_the_timeout_for_one_that_stands_still(tmp_pat
     assert job.processes[0].exitcode == 1 and "waited too long" in job.err()
     job.signal(signal.SIGKILL, [1])
     job.wait(5)
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.3, 5])
+def test_ranks_ask_each_other_about_signals_once_a_second_and_every_64th_call(monkeypatch, seconds):
+    """By a clock of our own, which a call moves by so many seconds: the cost is bounded, and so is the wait for an answer."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(dist_util, "world_size", lambda: 2)
+    monkeypatch.setattr(dist_util, "sum_over_ranks", lambda votes: (asked.append(now[0]), 2 * votes)[1])
+    monkeypatch.setattr(dist_util.time, "monotonic", lambda: now[0])
+    stop = dist_util.StopSignals()
+    for _ in range(1000):
+        now[0] += seconds
+        assert stop.check() is None
+    gaps = [b - a for a, b in zip(asked[3:], asked[4:])]
+    assert max(gaps) <= max(1.0, seconds) + 1e-6 and max(gaps) / seconds <= 64 + 1e-6
+    assert len(asked) <= max(1000 * min(1.0, seconds), 1000 / 64) * 1.4 + 5
+    stop.note(signal.SIGTERM, None)
+    assert signal.SIGTERM in [stop.check() for _ in range(64)]
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("eval.py", 1), ("eval.py", 2), ("fid.py", 1)])
+def test_scripts_that_are_stopped_leave_with_one_line(models, tmp_path, script, ranks):
+    images = {"eval.py": ["--workdir", tmp_path / "out"], "fid.py": ["--mode", "gen", "--dest", tmp_path / "x.npz"]}[script]
+    command = [script, "--checkpoint", models / "ode" / "latest.pth", "--end_seed", "999999", "--eval_bsz", "4", *images]
+    job = Job(tmp_path / "log", *command, ranks=ranks)
+    wait_for(lambda: "img/s" in job.err(), "image")
+    job.signal(signal.SIGTERM)
+    assert job.wait(20) == [143] * ranks, job.err()
+    lines = re.split(r"[\r\n]+", job.err())
+    assert [line for line in lines if line and "img/s" not in line] == ["stopped by SIGTERM"] and job.out() == ""
+    assert not (tmp_path / "x.npz").exists() and not list(tmp_path.glob("out/.*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_script_is_being_imported_is_one_line(number):
+    """Python reports each import; torch takes most of the time."""
+    command = [sys.executable, "-X", "importtime", "train.py", "--help"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        lines = iter(process.stderr.readline, "")
+        assert any("torch." in line for line in lines)
+        process.send_signal(number)
+        rest = [line.strip() for line in lines if not line.startswith("import time:")]
+        assert process.wait(20) == 128 + number and process.stdout.read() == ""
+    assert [line for line in rest if line] == [f"stopped by {number.name}"]

@@ -4,6 +4,7 @@ from dist_util import UserError
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,29 @@ def test_damaged_statistics_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=message):
         fid.read_statistics(tmp_path / "x.npz", features=True)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: p.mkdir(), "x is a folder: fid.py --mode gen --img_folder .*x --dest x.npz makes statistics of images"),
+        (
+            lambda p: np.save(p.open("wb"), np.zeros((5, 4))),
+            r"it holds one array \(5, 4\); fid.py --mode ref or --mode gen makes one",
+        ),
+        (
+            lambda p: np.savez(p.open("wb"), m=np.zeros(3), s=np.eye(3)),
+            "it holds m, s; fid.py --mode ref or --mode gen makes one",
+        ),
+        (lambda p: np.savez(p.open("wb"), arr_0=np.zeros((2, 4, 4, 3), np.uint8)), "it holds arr_0; fid.py"),
+        (lambda p: None, "there is no file .*x: make it with fid.py --mode ref or --mode gen"),
+    ],
+)
+def test_what_is_no_statistics_file_is_called_what_it_is(tmp_path, write, message):
+    write(tmp_path / "x")
+    with pytest.raises(UserError, match=message) as caught:
+        fid.read_statistics(tmp_path / "x")
+    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------- distance
@@ -544,3 +568,55 @@ def test_a_constant_set_has_statistics_that_are_read(tmp_path):
     write_folder(tmp_path / "a", torch.zeros(3, 1, 4, 4, dtype=torch.uint8))
     run("fid.py", "--mode", "gen", "--img_folder", tmp_path / "a", "--dest", tmp_path / "a.npz")
     assert run("fid.py", "--ref_path", tmp_path / "a.npz", "--stat_path", tmp_path / "a.npz").stdout == "0.0000\n"
+
+
+def test_the_ending_of_a_statistics_file_is_added(tmp_path):
+    """So that `--dest stats/x` and `--ref_path stats/x.npz` are one file, as in the reference's README."""
+    done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "stats" / "x")
+    assert done.stdout == f"{tmp_path}/stats/x.npz\n" and [p.name for p in (tmp_path / "stats").iterdir()] == ["x.npz"]
+    again = ["--ref_path", tmp_path / "stats" / "x.npz", "--stat_path", tmp_path / "stats" / "x.npz"]
+    assert run("fid.py", "--mode", "fid", *again).stdout == "0.0000\n"
+
+
+def test_a_row_begins_on_a_line_of_its_own(tmp_path):
+    """Also where somebody's editor took the last newline away."""
+    (tmp_path / "a.npz").touch()
+    for _ in range(3):
+        fid.append_row(tmp_path / "t.csv", {"fid": 1.5}, {"n": 7}, tmp_path / "a.npz", False)
+        (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().rstrip("\n"))
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [(row["FID"], row["n"]) for row in rows] == [("1.5000", "7")] * 3
+
+
+def test_a_folder_whose_name_is_not_text_has_a_row(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    write_folder(folder, images())
+    run("fid.py", "--mode", "gen", "--img_folder", folder, "--dest", tmp_path / "a")
+    shared = ["fid.py", "--ref_path", tmp_path / "a.npz", "--csv", tmp_path / "t.csv"]
+    for source in (["--img_folder", folder], ["--stat_path", tmp_path / "a.npz"]):
+        assert run(*shared, *source).stdout == "0.0000\n"
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [row["source"] for row in rows] == [f"{tmp_path}/\\udcff"] * 2
+
+
+def score_of(folder, reference):
+    """The distance of a folder's images to the statistics in a file, as fid.py computes it."""
+    settings = fid.Run(ref_path=str(reference), img_folder=str(folder))
+    found = fid.read_statistics(reference)
+    return fid.frechet_distance(found, fid.make_statistics(settings, {}, ["fid"], CPU, found))
+
+
+def test_grey_pictures_that_were_saved_as_colour_have_the_score_of_the_grey_ones(tmp_path):
+    reference, grey = images(), images(seed=1)
+    fid.write_statistics(tmp_path / "a.npz", fid.measure(reference, fid.load_features("pixels")))
+    write_folder(tmp_path / "grey", grey)
+    write_folder(tmp_path / "rgb", grey.expand(-1, 3, -1, -1))
+    assert score_of(tmp_path / "rgb", tmp_path / "a.npz") == score_of(tmp_path / "grey", tmp_path / "a.npz") > 0
+    coloured = grey[5].expand(3, -1, -1).clone()
+    coloured[0, 0, 0] ^= 1
+    misc.write_png(tmp_path / "rgb" / "000005.png", coloured)
+    done = run("fid.py", "--ref_path", tmp_path / "a.npz", "--img_folder", tmp_path / "rgb", expect=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "grey" in lines[0] and "000005.png has colours" in lines[0] and done.stdout == ""
+    np.savez(tmp_path / "rgb.npz", arr_0=grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    assert score_of(tmp_path / "rgb.npz", tmp_path / "a.npz") == score_of(tmp_path / "grey", tmp_path / "a.npz")

@@ -1,16 +1,25 @@
 """A model and seeds, to images: generator.py, and the scripts that draw them, eval.py, teaser.py and compare.py."""
 
+from dist_util import UserError
+
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import dataset
+import defaults
+import eval as eval_script
+import fid
 import generator
 import misc
-from conftest import TINY_NETWORK, run
+import sde
+from conftest import TINY_NETWORK, run, tiny_checkpoint, tiny_teacher
+from processes import Job
 
 
 def pixels(folder):
@@ -104,3 +113,173 @@ def test_compare_draws_both_models_and_their_curves(trained, tmp_path):
         "compare.py", *both, *shared, "--images", tmp_path / "images", "--rho", "3", "--dest", tmp_path / "c.png", expect=2
     )
     assert "with other rho" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- seeds, steps
+
+
+def test_seeds_that_would_repeat_the_images_of_others_are_refused():
+    """torch's generator keeps 32 bits of a seed: 2^32 would be 0 again."""
+    generator.check_seeds(2**32 - 2, 2**32 - 1)
+    shape, device = (1, 2, 2), torch.device("cpu")
+    assert not torch.equal(*(generator.SeedNoise([seed], shape, device)() for seed in (2**32 - 1, 2**31 - 1)))
+    for start, end in ((2**32, 2**32), (2**32 - 1, 2**32), (0, 2**40), (-1, 3), (3, 2)):
+        with pytest.raises(UserError, match=f"--start_seed {start} --end_seed {end}"):
+            generator.check_seeds(start, end)
+    with pytest.raises(UserError, match="below 2\\^32"):
+        generator.SeedNoise([0, 2**32], shape, device)
+
+
+CHURNED = {"churn": True, "gamma": 3.0, "s_min": 0.0, "s_max": 1.0}
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 20])
+@pytest.mark.parametrize(
+    "flags",
+    [{"ode_solver": name} for name in sde.SOLVERS]
+    + [{"ode_solver": "heun", "rho": 3.0}, {"ode_solver": "heun", **CHURNED}, {"ode_solver": "deis", **CHURNED}, {"sde": True}],
+    ids=str,
+)
+def test_evaluations_are_those_that_are_made(flags, num_steps):
+    """Churn moves the times, and with them where heun takes its second evaluation."""
+    teacher = tiny_teacher(**{**flags, "num_steps": num_steps})
+    calls = []
+    teacher.model.register_forward_hook(lambda *_: calls.append(1))
+    states = teacher.states(range(2))
+    assert len(states) == num_steps + 1 and len(calls) == generator.nfe(teacher.config)
+
+
+def test_a_flow_map_is_drawn_in_one_step_unless_told_otherwise(tmp_path):
+    path = tiny_checkpoint(tmp_path, mode="characteristic", num_steps=1)
+    model = generator.load_model(path)
+    record = model.record(range(3))
+    assert record["nfe"] == model.config.sampling.num_steps == 1 and len(model.states(range(2))) == 2
+    assert not {"ode_solver", "sde", "churn", "s_min", "s_max", "gamma"} & record["config"]["sampling"].keys()
+    assert generator.load_model(path, {"num_steps": 5}).record([0])["nfe"] == 5
+    with pytest.raises(UserError, match="--churn is True: .* the flow map has no SDE and no churn"):
+        generator.load_model(path, {"churn": True})
+
+
+def test_every_script_draws_a_flow_map_in_one_step(models, tmp_path):
+    """Though it has learned on a grid of two."""
+    flow = ["--checkpoint", models / "flow" / "latest.pth"]
+    run("eval.py", *flow, "--workdir", tmp_path / "images", "--end_seed", "3")
+    assert json.loads((tmp_path / "images" / "eval.json").read_text())["nfe"] == 1
+    done = run("teaser.py", *flow, "--trajectory", "--nsampling", "1", "--dest", tmp_path / "paths")
+    assert done.stdout == f"{tmp_path}/paths.png\n"
+    assert Image.open(tmp_path / "paths.png").size == (2 * 72 + 8, 72 + 8)  # two states: noise and data
+    run("fid.py", "--mode", "gen", *flow, "--end_seed", "3", "--dest", tmp_path / "x")
+    assert fid.read_statistics(tmp_path / "x.npz").metadata["made_by"]["nfe"] == 1
+
+
+def test_a_setting_that_does_not_exist_is_an_error_with_the_name_meant(tmp_path):
+    path = tiny_checkpoint(tmp_path)
+    for name, meant in (("num_step", "num_steps"), ("solver", "ode_solver"), ("eval_eps", "eval_eps")):
+        with pytest.raises(UserError, match=f"there is no setting {name}.*{meant}"):
+            generator.load_model(path, {name: 3})
+
+
+# -------------------------------------------------------------------------------------------- sets of images that go on
+
+
+def prepare(folder, model, **seeds):
+    eval_script.prepare(folder, model, eval_script.Run(**{"start_seed": 0, "end_seed": 9, **seeds}))
+
+
+def test_images_may_be_made_in_other_batches_and_more_of_them(tmp_path):
+    """What changes no image but for rounding may differ when eval.py goes on; all else is refused."""
+    path, folder = tiny_checkpoint(tmp_path), tmp_path / "images"
+    model = generator.load_model(path)
+    prepare(folder, model)
+    prepare(folder, generator.load_model(path, {"num_steps": 3}))  # no image yet: the record alone is none
+    assert json.loads((folder / "eval.json").read_text())["config"]["sampling"]["num_steps"] == 3
+    prepare(folder, model)
+    misc.write_png(folder / "000000.png", torch.zeros(1, 8, 8, dtype=torch.uint8))
+    prepare(folder, generator.load_model(path, {"eval_bsz": 2}))
+    prepare(folder, model, end_seed=12)
+    assert json.loads((folder / "eval.json").read_text())["end_seed"] == 12
+    refused = [(".*larger.*end_seed|end_seed.*larger", model, {}), ("start_seed", model, {"start_seed": 1, "end_seed": 12})]
+    refused += [("num_steps", generator.load_model(path, {"num_steps": 3}), {"end_seed": 12})]
+    for what, other, seeds in refused:
+        with pytest.raises(UserError, match=f"holds images made with other ({what})"):
+            prepare(folder, other, **seeds)
+    assert json.loads((folder / "eval.json").read_text())["end_seed"] == 12
+
+
+def test_more_images_are_added_to_those_that_are_there(models, tmp_path):
+    command = ["eval.py", "--checkpoint", models / "ode" / "latest.pth", "--num_steps", "2", "--workdir", tmp_path / "out"]
+    run(*command, "--end_seed", "2")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.png")}
+    run(*command, "--end_seed", "5", "--eval_bsz", "1")
+    assert len(before) == 3 and len(list((tmp_path / "out").glob("*.png"))) == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert dataset.open_images(tmp_path / "out")[1]["made_by"]["end_seed"] == 5
+
+
+def exhaust_memory():
+    """There is room for two images, and no more."""
+    real = generator.SeedNoise.__call__
+
+    def draw(noise):
+        if len(noise.generators) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(noise)
+
+    generator.SeedNoise.__call__ = draw
+
+
+def test_images_that_did_not_fit_are_made_with_the_flag_that_the_error_names(models, tmp_path):
+    command = ["eval.py", "--checkpoint", models / "flow" / "latest.pth", "--end_seed", "4", "--workdir", tmp_path / "out"]
+    job = Job(tmp_path / "first", *command, prepare=exhaust_memory)
+    assert job.wait() == [2] and "error: out of memory on rank 0" in job.err() and "--eval_bsz" in job.err(), job.err()
+    job = Job(tmp_path / "second", *command, "--eval_bsz", "2", prepare=exhaust_memory)
+    assert job.wait() == [0] and len(list((tmp_path / "out").glob("*.png"))) == 5, job.err()
+
+
+def test_a_folder_whose_name_is_not_text_is_printed_as_it_is(models, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    command = ["eval.py", "--checkpoint", models / "flow" / "latest.pth", "--end_seed", "2", "--workdir", folder]
+    job = Job(tmp_path / "log", *command)
+    assert job.wait() == [0], job.err()
+    assert (tmp_path / "log.0.out").read_bytes() == os.fsencode(folder) + b"\n" and len(os.listdir(folder)) == 4
+
+
+# --------------------------------------------------------------------------------------------------------- as a library
+
+
+def test_five_lines_load_a_model_and_give_images_states_and_their_score(models, tmp_path):
+    digits = dataset.load(defaults.resolve({}).data)
+    fid.write_statistics(tmp_path / "digits.npz", fid.measure(digits, fid.load_features("pixels")))
+
+    model = generator.load_model(models / "ode" / "latest.pth", {"num_steps": 3})
+    images = model.images(range(4))
+    states = model.states(range(4))
+    found = fid.measure(images, fid.load_features("pixels"))
+    score = fid.frechet_distance(fid.read_statistics(tmp_path / "digits.npz"), found)
+
+    assert images.shape == (4, 1, 8, 8) and images.dtype == torch.uint8 and 0 < score < 100
+    assert len(states) == 4 and all(x.shape == (4, 1, 8, 8) and x.dtype == torch.float32 for x in states)
+    assert torch.equal(dataset.to_uint8(states[-1], model.config.data.centered), images)
+    assert torch.equal(model.images([3]), images[3:]) and not model.model.training
+    assert found.metadata["n"] == 4 and found.metadata["image"] == [1, 8, 8]
+
+
+def add_solver():
+    """Order 2, exponential: the denoiser of the middle."""
+
+    def midpoint(denoise, x, t, s):
+        middle = (t + s) / 2
+        return sde.transport(x, denoise(sde.transport(x, denoise(x, t), t, middle), middle), t, s)
+
+    sde.SOLVERS["midpoint"] = midpoint
+
+
+def test_a_solver_is_added_from_outside(models, tmp_path):
+    """By a function and one line: it draws images, and its evaluations are counted."""
+    command = ["eval.py", "--checkpoint", models / "ode" / "latest.pth", "--end_seed", "2", "--num_steps", "3"]
+    job = Job(tmp_path / "log", *command, "--ode_solver", "midpoint", "--workdir", tmp_path / "out", prepare=add_solver)
+    assert job.wait() == [0], job.err()
+    record = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert record["nfe"] == 6 and record["config"]["sampling"]["ode_solver"] == "midpoint"
+    job = Job(tmp_path / "unknown", *command, "--ode_solver", "midpoint", "--workdir", tmp_path / "new")
+    assert job.wait() == [2] and "--ode_solver is midpoint: it must be one of euler, heun, deis" in job.err(), job.err()

@@ -1,11 +1,17 @@
 """Files, pictures, and weights that others publish."""
 
-from dist_util import UserError
+from dist_util import Stopped, UserError
 
+import errno
 import hashlib
+import json
+import os
+import signal
+import stat
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import misc
 from conftest import run
@@ -26,6 +32,50 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "file" / "x.npz", expect=2)
     assert done.stderr.count("error: cannot write") == 1 and "statistics" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_file_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch):
+    """The file itself still waits for the disk, and what the disk says of it counts."""
+    real, synced, refuses = os.fsync, [], [errno.EINVAL, None]
+
+    def sync(handle):
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        if number := refuses[not folder]:
+            raise OSError(number, os.strerror(number))
+        synced.append(folder)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    misc.write_json(tmp_path / "a.json", {"a": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1} and synced == [False]
+    refuses[:] = [None, errno.EIO]
+    with pytest.raises(UserError, match="cannot write .*b.json: Input/output error; choose another place"):
+        misc.write_json(tmp_path / "b.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_environment_keeps_its_backend_when_something_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "bogus")
+    figure, (ax,) = misc.new_figure(1, 2, 2)
+    ax.plot([1, 2], [3, 4])
+    misc.write_figure(tmp_path / "a.png", figure)
+    Image.open(tmp_path / "a.png").verify()
+    assert os.environ["MPLBACKEND"] == "bogus"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("two\n  lines"), UserError("no place"), MemoryError(), RuntimeError("RuntimeError")]
+)
+def test_what_may_fail_is_a_warning_of_one_line(capsys, error):
+    with misc.not_fatal("loss.png"):
+        raise error
+    text = " ".join(str(error).split()) or "MemoryError"
+    assert capsys.readouterr().err == f"warning: cannot make loss.png: {text}\n"
+    with pytest.raises(Stopped), misc.not_fatal("loss.png"):
+        raise Stopped(signal.SIGTERM)
 
 
 # -------------------------------------------------------------------------------------------------------- weights files

@@ -109,3 +109,16 @@ def test_label_dropout_hides_labels_in_training_only():
     assert not torch.equal(model(x, t, label=a), model(x, t, label=b))
     model.train()
     assert torch.equal(model(x, t, label=a), model(x, t, label=b))
+
+
+def test_labels_may_be_numbers_and_are_asked_for():
+    model = tiny(label_dim=3)
+    shake(model)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.2]), torch.tensor([2, 0])
+    expected = model(x, t, label=torch.nn.functional.one_hot(labels, 3).float())
+    for kind in (torch.long, torch.int32, torch.uint8):
+        assert torch.equal(model(x, t, label=labels.to(kind)), expected)
+    with pytest.raises(ValueError, match="3 classes: give it `label`"):
+        model(x, t)
+    with pytest.raises(ValueError, match="`label`"):
+        model.net(x, t)

@@ -10,14 +10,18 @@ import re
 import shlex
 import subprocess
 import typing
+from functools import partial
 
 import hypothesis
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import defaults
-from conftest import ROOT, launch
+from conftest import ROOT, SHORT_STAGE_1, SHORT_STAGE_2, launch, run
+from processes import Job
 
 SCRIPTS = ("train", "eval", "fid", "teaser", "compare")
 GROUND = {"misc", "network", "defaults", "sde", "inception", "lpips", "dist_util"}
@@ -63,11 +67,15 @@ def test_the_mathematics_touches_neither_files_nor_generators():
 # --------------------------------------------------------------------------------------------------- the README
 
 
-def readme_commands():
-    """Every command in the README's sh blocks, one string each, continuation lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def commands_of(document):
+    """Every command in a document's sh blocks, one string each, continuation lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in (line.split(" #")[0].strip() for line in lines) if line]
+
+
+def readme_commands():
+    return commands_of(ROOT / "README.md")
 
 
 def test_readme_names_the_two_commands_first():
@@ -79,6 +87,17 @@ def test_readme_names_the_two_commands_first():
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_are_parsed_by_their_scripts(command):
+    check_command(command)
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in (*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md")))
+def test_commands_of_other_documents_are_parsed_too(document):
+    for command in commands_of(ROOT / document if document == "CONTRIBUTING.md" else ROOT / "docs" / document):
+        check_command(command)
+
+
+def check_command(command):
+    """AssertionError or UserError unless a command is one that its script takes."""
     words = shlex.split(command)
     if words[0] in ("git", "cd", "make", "export"):
         targets = (ROOT / "Makefile").read_text()
@@ -103,6 +122,76 @@ def sections_of(module):
     """The sections in the script's call of defaults.parse."""
     source = (ROOT / f"{module.__name__}.py").read_text()
     return ast.literal_eval(re.search(r"defaults\.parse\(\s*Run, (\[[^]]*\])", source).group(1))
+
+
+def section(name, heading):
+    """The text of a document from a heading to the next one of its kind."""
+    text = (ROOT / name).read_text()
+    return text[text.index(f"\n## {heading}\n") :].split("\n## ")[1]
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def test_the_readmes_lines_of_python_run(models, tmp_path, monkeypatch, capsys):
+    """With a tiny model in the place of the one that its commands train."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "digits-characteristic").symlink_to(models / "flow")
+    run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "logs" / "digits.npz")
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(section("README.md", "From Python"))
+    names = {}
+    exec(block, names)
+    assert names["images"].dtype == torch.uint8 and names["images"].shape == (1800, 1, 8, 8)
+    assert len(names["states"]) == 2 and names["states"][0].shape == (8, 1, 8, 8)
+    assert float(capsys.readouterr().out) > 0
+    assert len([line for line in block.splitlines() if line and not line.startswith("import ")]) <= 5
+
+
+def write_in(additions):
+    """Execute code in the namespace of modules, as if it had been written there."""
+    for name, code in additions:
+        exec(code, vars(importlib.import_module(name)))
+
+
+ADDITIONS = {
+    # heading: (modules in which its blocks are written, one after the other, the flag that knows it then, its name)
+    "Add a solver": (["sde"], ["--teacher_solver", "midpoint"]),
+    "Add a distance": (["sde"], ["--loss_norm", "l1"]),
+    "Add an objective of stage 2": (["train"], ["--objective", "one_step"]),
+    "Add a data set": (["dataset", "defaults"], ["--data_name", "shapes"]),
+}
+
+
+@pytest.mark.parametrize("heading", ADDITIONS)
+def test_what_contributing_adds_works(heading, models, tmp_path):
+    modules, flag = ADDITIONS[heading]
+    blocks = python_blocks(section("CONTRIBUTING.md", heading))
+    assert len(blocks) == len(modules)
+    command = [*SHORT_STAGE_2, "--teacher", models / "ode" / "latest.pth"]
+    if "--data_name" in flag:
+        images, labels = np.zeros((8, 1, 16, 16), np.uint8), np.arange(8) % 2
+        np.savez(tmp_path / "shapes.npz", images=images, labels=labels)
+        command = [*SHORT_STAGE_1, "--attn_resolutions", "8", "--data_path", tmp_path]
+    write = partial(write_in, list(zip(modules, blocks)))
+    job = Job(tmp_path / "log", *command, *flag, "--workdir", tmp_path / "run", prepare=write)
+    assert job.wait() == [0], job.err()
+    plain = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert any(section.get(flag[0].strip("-")) == flag[1] for section in plain.values())
+
+
+def test_the_tests_that_contributing_names_are_there():
+    named = set(re.findall(r"tests/test_\w+\.py", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named >= {f"tests/test_{room}.py" for room in ("dataset", "checkpoint", "generator", "workdir", "fid", "train")}
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_torchrun_on_one_machine_takes_a_port_of_its_own():
+    """Two jobs on one machine would want the same one."""
+    commands = [command for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")) for command in commands_of(path)]
+    commands = [command for command in commands if command.startswith("torchrun") and "--nnodes" not in command]
+    assert commands and all("--standalone" in command for command in commands)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -186,6 +275,63 @@ def test_lists_and_booleans_are_written_in_every_documented_way():
     ):
         assert parsed(*argv) == {"churn": value}
     assert parsed("--gamma", "1e-1") == {"gamma": 0.1}
+
+
+def test_the_preset_of_afhq_is_that_of_the_reference():
+    config = defaults.resolve({"data_name": "afhq", "mode": "denoiser"})
+    assert config.network.channel_mult == (1, 1, 2, 2, 2) and config.network.attn_resolutions == (16,)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("DDPMpp", "ddpmpp"), ("DDPM++", "ddpmpp"), ("ddpm++", "ddpmpp"), ("NCSNpp", "ncsnpp"), ("NCSN++", "ncsnpp")],
+)
+def test_the_spelling_of_an_architecture_does_not_matter(written, read):
+    assert parsed("--architecture", written) == {"architecture": read}
+
+
+def test_attention_is_where_the_network_has_it():
+    """A resolution that was asked for and is not there is refused; the preset's are left out."""
+    folder = {"data_name": "folder", "image_size": 24, "channel_mult": (1, 2)}
+    with pytest.raises(UserError, match=r"--attn_resolutions is \(5,\): .*\[24, 12\]"):
+        defaults.resolve({**folder, "attn_resolutions": (5,)})
+    assert defaults.resolve(folder).network.attn_resolutions == ()
+    assert defaults.resolve({**folder, "attn_resolutions": (12,)}).network.attn_resolutions == (12,)
+    assert defaults.resolve({**folder, "image_size": 32}).network.attn_resolutions == (16,)
+
+
+def test_endings_are_added_where_they_are_missing_and_home_is_home(monkeypatch):
+    import compare
+    import fid
+    import teaser
+    import train
+
+    monkeypatch.setenv("HOME", "/home/somebody")
+
+    def read(module, *argv):
+        return defaults.parse(module.Run, sections_of(module), list(argv))
+
+    for module, ending in ((fid, ".npz"), (teaser, ".png"), (compare, ".png")):
+        for name in ("stats/x", f"stats/x{ending}"):
+            assert read(module, "--dest", name)[0].dest == f"stats/x{ending}"
+        assert read(module, "--dest", "stats/x.7")[0].dest == f"stats/x.7{ending}"
+        assert read(module, "--dest=~/x")[0].dest == f"/home/somebody/x{ending}"
+    assert read(train, "--workdir=~/x")[0].workdir == "/home/somebody/x"
+    assert read(train, "--teacher", "~/t.pth", "--ref_path", "~/r.npz")[0].teacher == "/home/somebody/t.pth"
+    assert read(train, "--data_path", "~")[1] == {"data_path": "/home/somebody"}
+    assert read(fid, "--img_folder=~/images")[0].img_folder == "/home/somebody/images"
+
+
+def test_a_flow_map_of_an_earlier_version_keeps_its_grid():
+    """There one setting was the steps of sampling and those of stage 2's grid."""
+    for mode, expected in (("characteristic", (15, 3.0, 1)), ("denoiser", (20, 1.0, 15))):
+        plain = defaults.to_dict(defaults.resolve({"mode": mode}))
+        for name in ("grid_steps", "grid_rho"):
+            del plain["distil"][name]
+        plain["sampling"].update(num_steps=15, rho=3.0)
+        config = defaults.from_dict(plain)
+        assert (config.distil.grid_steps, config.distil.grid_rho, config.sampling.num_steps) == expected
+        assert defaults.from_dict(json.loads(json.dumps(defaults.to_dict(config)))) == config
 
 
 @pytest.mark.parametrize("flags", [{"bsz": 1}, {"bsz": 2, "dsm_share": 0.8}, {"dsm_share": 1.0}])

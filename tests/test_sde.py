@@ -211,6 +211,45 @@ def test_one_step_lands_on_data_not_at_t_min(name, gaussian):
     torch.testing.assert_close(end, expected)
 
 
+def plain_heun_step(denoise, x, t, s):
+    """Heun's everywhere but at data, as the reference has it."""
+    v = sde.velocity(x, denoise(x, t), t)
+    end = x + sde.like(s - t, x) * v
+    return end if not s.any() else x + sde.like(s - t, x) * (v + sde.velocity(end, denoise(end, s), s)) / 2
+
+
+@pytest.mark.parametrize("n", [5, 10, 20])
+def test_heun_does_not_amplify_the_error_of_a_denoiser(n):
+    """The corrector divides by beta_s^2, which is small near data: images would be speckled."""
+    target = Gaussian(torch.tensor([0.7, -0.2, 0.1], dtype=torch.float64), 0.01)  # narrow, as images are in most directions
+    learned = lambda x, t: target.denoise(x, t) + 0.01 * torch.sin(1e4 * t)[:, None]
+    z, ts = noise(50, 3), sde.grid(n, 0.999, 1e-5)
+
+    def speckle(step):
+        return (last(sde.sample(lambda x, t, s: step(learned, x, t, s), z, ts)) - target.mean).abs().max()
+
+    assert speckle(sde.heun_step) < 0.1 and speckle(plain_heun_step) > 50
+
+
+def test_heun_corrects_up_to_a_ratio_of_four_of_the_noise():
+    """beta_t^2 <= 4 beta_s^2, each image by its own times."""
+    s = times(0.1, 0.1, 0.1)
+    limit = 1 - (1 - 4 * s * (2 - s)).sqrt()
+    t = limit + times(-1e-6, 1e-6, -0.05)
+    seen = []
+
+    def denoise(x, r):
+        seen.append(r)
+        return 0 * x
+
+    x = noise(3, 2)
+    ended = sde.heun_step(denoise, x, t, s)
+    assert len(seen) == 2 and torch.equal(ended[1], sde.deis_step(lambda x, r: 0 * x, x, t, s)[1])
+    plain = plain_heun_step(lambda x, r: 0 * x, x, t, s)
+    torch.testing.assert_close(ended[[0, 2]], plain[[0, 2]])
+    assert not torch.allclose(ended[1], plain[1])
+
+
 def test_heun_mixes_images_at_data_and_before_it(gaussian):
     """Times differ between images: each gets the step it would get alone."""
     x, t, s = noise(3, 3), times(0.5, 0.5, 0.1), times(0.3, 0.0, 0.0)

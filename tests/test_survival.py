@@ -25,6 +25,7 @@ from conftest import (
     SMALL,
     STAGE_1,
     STAGE_2,
+    TINY_NETWORK,
     assert_equal,
     assert_same_run,
     has_trained,
@@ -117,6 +118,41 @@ def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(t
         assert Job(tmp_path / f"log.{name}", *shared, *end, ranks=ranks).wait() == [0] * ranks
     last = [checkpoint.read(tmp_path / name / f"DDPMpp-{step + 7:06d}.pth") for name in ("run", "whole")]
     assert_equal(*last)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def stop_in_round(calls):
+    """A signal in some backward pass of this process, which may make 64 more of them until all ranks know, and alone none."""
+    real, made = torch.Tensor.backward, iter(range(1, 10**9))
+    most = 64 if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+
+    def backward(loss):
+        now = next(made)
+        if now == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if now > calls + most:
+            os._exit(99)
+        real(loss)
+
+    torch.Tensor.backward = backward
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_between_rounds_ends_the_run_with_the_state_of_the_last_finished_step(tmp_path, ranks):
+    """A step of many rounds takes minutes on a CPU.  The same command continues to the same bits."""
+    length = ["--train_steps", "6", "--log_freq", "2", "--sampling_freq", "0", "--global_bsz", "32", "--bsz", 2 // ranks]
+    command = ["train.py", *TINY_NETWORK, "--dropout", "0.2", *length]
+    stopped = Job(
+        tmp_path / "log", *command, "--workdir", tmp_path / "run", ranks=ranks, prepare=partial(stop_in_round, 2 * 16 + 5)
+    )
+    assert stopped.wait(30) == [143] * ranks, stopped.err()
+    step = checkpoint.load_run(checkpoint.latest_checkpoint(tmp_path / "run")).step
+    assert step == 2 if ranks == 1 else 2 <= step < 6
+    assert f"step={step + 1}" in stopped.err() and stopped.err().count("stopped by SIGTERM; the same command continues") == 1
+    for name in ("run", "whole"):
+        job = Job(tmp_path / f"log.{name}", *command, "--workdir", tmp_path / name, ranks=ranks)
+        assert job.wait() == [0] * ranks, job.err()
+    assert_equal(*(checkpoint.read(tmp_path / name / "DDPMpp-000006.pth") for name in ("run", "whole")))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 

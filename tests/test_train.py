@@ -1,7 +1,10 @@
 """The objectives, their gradients, and both stages by the script."""
 
+import dist_util
+
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -10,10 +13,12 @@ from PIL import Image
 import checkpoint
 import dataset
 import defaults
+import misc
 import network
 import sde
 import train
-from conftest import ROOT, TINY_NETWORK, TINY_RUN, launch, run, tiny_config, tiny_teacher
+from conftest import ROOT, SHORT_STAGE_2, TINY_NETWORK, TINY_RUN, launch, run, tiny_config, tiny_teacher
+from processes import Job
 
 
 def student_of(teacher, **flags):
@@ -159,6 +164,96 @@ def test_objectives_learn_and_use_labels(objective, label_dim):
     assert logs["weight"] > 0 and all(p.grad is None for p in loss.ema.parameters())
 
 
+# ------------------------------------------------------------------------------- the same recipe on any number of ranks
+
+
+def pretend_ranks(monkeypatch, rank, world):
+    monkeypatch.setattr(dist_util, "rank", lambda: rank)
+    monkeypatch.setattr(dist_util, "world_size", lambda: world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_bank_is_shared_by_the_ranks(monkeypatch, world):
+    """--bank_size and the refresh are totals: each rank holds its part, of other solutions than the others'."""
+    teacher, shares = tiny_teacher(), []
+    student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2, bsz=2, global_bsz=8, dsm_share=0.5)
+    for rank in range(world):
+        pretend_ranks(monkeypatch, rank, world)
+        objective = objective_of(teacher, student, config)
+        assert objective.bank.shape == (5, 16 // world, 1, 8, 8)
+        before = objective.bank[0].clone()
+        objective.start_step(2)
+        changed = (objective.bank[0] != before).flatten(1).any(1)
+        assert changed.sum() == 8 // world  # one batch of all ranks together
+        shares.append(objective.bank[0])
+    assert len({x.numpy().tobytes() for x in torch.cat(shares)}) == 16
+
+
+def parts_of(batch, config, objective, monkeypatch, ranks):
+    """What all rounds and ranks of a step log, and for each part its distances and stage-1 losses."""
+    real, seen, logs = sde.trajectory_losses, [], []
+
+    def note(*arguments):
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(sde, "trajectory_losses", note)
+    bsz = config.train.bsz
+    for place in range(0, len(batch), bsz):
+        pretend_ranks(monkeypatch, place // bsz % ranks, ranks)
+        generator = torch.Generator().manual_seed(place)
+        logs.append(objective(batch[place : place + bsz], None, generator, place)[1])
+    monkeypatch.setattr(sde, "trajectory_losses", real)
+    return logs, seen
+
+
+@pytest.mark.parametrize(
+    ("bsz", "global_bsz", "share"),
+    [(24, 24, 0.3), (12, 24, 0.3), (6, 24, 0.3), (4, 24, 0.3), (3, 24, 0.35), (2, 24, 0.5), (8, 24, 0.25), (3, 24, 0.6)],
+)
+def test_all_parts_of_a_step_spend_the_share_and_weigh_their_images_the_same(monkeypatch, bsz, global_bsz, share):
+    """Whatever the size of a part, which may not divide."""
+    teacher = tiny_teacher()
+    settings = {"bsz": bsz, "global_bsz": global_bsz, "dsm_share": share, "bank_size": 24, "adaptive_weight": False}
+    student, config = student_of(teacher, **settings)
+    objective = objective_of(teacher, student, config)
+    batch = torch.rand(global_bsz, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for ranks in (1, 2) if global_bsz // bsz % 2 == 0 else (1,):
+        logs, seen = parts_of(batch, config, objective, monkeypatch, ranks)
+        distances, denoising = (torch.cat([part[i] for part in seen]) for i in (0, 1))
+        assert len(denoising) == round(share * global_bsz) and len(distances) + len(denoising) == global_bsz
+        for name, values in (("distance", distances), ("denoising", denoising)):
+            mean = sum(log[name] for log in logs) / len(logs)
+            torch.testing.assert_close(mean, values.mean(), rtol=1e-5, atol=1e-7)
+
+
+def losses_of(model, seed):
+    """A distance and a stage-1 loss of a part of a batch."""
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    d = model(x, torch.tensor([0.5, 0.9]), torch.tensor([0.1, 0.0]))
+    return d.square().mean(), (d - x).abs().mean()
+
+
+@pytest.mark.parametrize("split", ["ranks", "rounds"])
+def test_the_adaptive_weight_is_that_of_the_whole_step(monkeypatch, split):
+    """Of two ranks or of two rounds: as one part has it that holds all images."""
+    teacher = tiny_teacher()
+    student, config = student_of(teacher, bank_size=8, bsz=4, global_bsz=8, dsm_weight=1.0)
+    objective, last = objective_of(teacher, student, config), student.net.last_layer
+    parts = [losses_of(student, seed) for seed in (0, 1)]
+    gradients = [[torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in part] for part in parts]
+    expected = sde.adaptive_weight(*(a + b for a, b in zip(*gradients)))
+    assert abs(sde.adaptive_weight(*gradients[1]) / expected - 1) > 1e-3  # one part alone has another
+    if split == "ranks":
+        pretend_ranks(monkeypatch, 1, 2)
+        others = iter(gradients[0])
+        monkeypatch.setattr(dist_util, "sum_over_ranks", lambda gradient: gradient + next(others))
+    else:
+        objective.combine(*parts[0], 0)
+    found = objective.combine(*parts[1], 4)[1]["weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
@@ -175,6 +270,35 @@ def test_both_stages_run_under_torchrun_and_leave_everything(trained):
         names = {path.name for path in folder.iterdir()}
         assert names == {"metrics.jsonl", "samples", "loss.png", "config.json", "DDPMpp-000003.pth", "latest.pth", ".lock"}
     assert "model_channels=8" in trained["outputs"][0].stderr
+
+
+def refuse_pictures():
+    """Nothing can be drawn."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError("no colours left")
+
+    misc.write_grid = misc.write_figure = fail
+
+
+def test_a_picture_that_fails_is_a_warning(tmp_path):
+    job = Job(tmp_path / "log", "train.py", *TINY_NETWORK, *TINY_RUN, "--workdir", tmp_path / "run", prepare=refuse_pictures)
+    assert job.wait() == [0] and (tmp_path / "run" / "DDPMpp-000003.pth").exists(), job.err()
+    for name in ("samples/000003.png", "loss.png"):
+        assert re.search(rf"warning: cannot make .*{name}: no colours left", job.err()), job.err()
+    assert "Traceback" not in job.err()
+
+
+@pytest.mark.parametrize(("script", "backend"), [("train", "module://matplotlib_inline.backend_inline"), ("compare", "bogus")])
+def test_pictures_do_not_depend_on_the_backend_that_the_environment_names(models, tmp_path, monkeypatch, script, backend):
+    """That of every notebook, and none that exists."""
+    monkeypatch.setenv("MPLBACKEND", backend)
+    train = [*TINY_NETWORK, *TINY_RUN, "--train_steps", "1", "--workdir", tmp_path]
+    compare = ["--denoiser", models / "ode" / "latest.pth", "--characteristic", models / "flow" / "latest.pth"]
+    compare += ["--num_steps", "1", "--nsampling", "1", "--dest", tmp_path / "loss"]
+    done = launch(f"{script}.py", *(train if script == "train" else compare))
+    assert "warning" not in done.stderr
+    Image.open(tmp_path / "loss.png").verify()
 
 
 # ----------------------------------------------------------------------------------------------------- scores and LPIPS
@@ -230,3 +354,46 @@ def test_lpips_distance_maps_the_models_range_to_the_unit_interval(weights):
         config = defaults.resolve({"data_name": data_name, "mode": "characteristic", "loss_norm": "lpips"})
         distance = train.make_distance(files, config, torch.device("cpu"))
         torch.testing.assert_close(distance(scale(a), scale(b)), expected, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- from outside
+
+
+class OneStep(train.Distillation):
+    """From noise to data in one step, along the teacher's solution."""
+
+    def __call__(self, x0, label, generator, place=0):
+        x = sde.start(train.normal(x0, generator), self.teacher.mean, self.config.train.train_eps1)
+        with torch.no_grad():
+            *_, end = sde.sample(self.teacher_step(label), x, self.ts)
+        t, s = self.ts[0].expand(len(x)), self.ts[-1].expand(len(x))
+        found = sde.transport(x, self.model(x, t, s, label), t, s)
+        return self.combine(self.distance(found, end).mean(), None, place)
+
+
+def add_objective():
+    train.OBJECTIVES["one_step"] = OneStep
+
+
+def add_distance():
+    sde.DISTANCES["l1"] = lambda a, b: (a - b).abs().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "add", "message"),
+    [
+        ("objective", "one_step", add_objective, "it must be one of trajectory, semigroup"),
+        ("loss_norm", "l1", add_distance, "it must be one of l2, huber, lpips"),
+    ],
+)
+def test_an_objective_and_a_distance_are_added_from_outside(models, tmp_path, flag, name, add, message):
+    """By a class or a function, and one line."""
+    command = [*SHORT_STAGE_2, "--teacher", models / "ode" / "latest.pth", f"--{flag}", name, "--log_freq", "1"]
+    job = Job(tmp_path / "log", *command, "--workdir", tmp_path / "run", prepare=add)
+    assert job.wait() == [0], job.err()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["distance"] > 0 for line in lines)
+    config = checkpoint.load_run(tmp_path / "run" / "DDPMpp-000004.pth").config
+    assert getattr(config.distil, flag) == name
+    job = Job(tmp_path / "unknown", *command, "--workdir", tmp_path / "new")
+    assert job.wait() == [2] and f"error: --{flag} is {name}: {message}" in job.err() and not (tmp_path / "new").exists()

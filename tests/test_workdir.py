@@ -1,25 +1,39 @@
 """A run's folder: what the same command continues, --resume, --fresh, the lock, metrics and their curves."""
 
+from dist_util import UserError
+
 import json
+import re
+import shutil
 import signal
 from functools import partial
 
+import pytest
 import torch
+from PIL import Image
 
 import checkpoint
+import misc
+import train
+import workdir
 from conftest import (
     ENDLESS,
     LENGTH,
+    SHORT_STAGE_2,
     SMALL,
     STAGE_1,
     TINY_NETWORK,
     TINY_RUN,
+    assert_equal,
     assert_same_run,
     has_trained,
+    images,
     metrics,
     pretend_machine,
     run,
+    tiny_checkpoint,
     wait_for,
+    write_folder,
 )
 from processes import Job
 
@@ -137,3 +151,161 @@ def test_a_workdir_takes_one_run_at_a_time(tmp_path):
     assert second.wait(30) == [2] and "is in use by another run" in second.err()
     first.signal(signal.SIGTERM)
     assert first.wait(20) == [143]
+
+
+# -------------------------------------------------------------------------------------------- what a command is refused
+
+CPU = torch.device("cpu")
+
+
+def plan(folder=None, flags=(), **run):
+    """workdir.make_plan() of a command with these settings of the script, and flags."""
+    return workdir.make_plan(train.Run(workdir=str(folder) if folder else None, **run), dict(flags), CPU)
+
+
+def copy_of(models, tmp_path, name):
+    return shutil.copytree(models / name, tmp_path / name, symlinks=True)
+
+
+@pytest.mark.parametrize("flags", [{"lr": 1.0}, {"global_bsz": 16}, {"seed": 3}, {"num_steps": 9}], ids=str)
+def test_a_refused_flag_names_the_two_ways_there_are(models, tmp_path, flags):
+    """Another folder for a new run, or --resume into one; the second is what it says."""
+    folder = copy_of(models, tmp_path, "ode")
+    with pytest.raises(UserError, match=f"--{next(iter(flags))} is .* and was") as caught:
+        plan(folder, flags)
+    found = re.search(r"choose another --workdir .*--resume (\S+) --workdir NEW", str(caught.value))
+    assert found and found[1] == str(folder / "DDPMpp-000004.pth"), str(caught.value)
+    going_on = plan(tmp_path / "new", {**flags, "train_steps": 6}, resume=found[1])
+    assert going_on.start == 4 and not going_on.in_place and going_on.origin["path"] == found[1]
+
+
+def test_resume_into_a_folder_that_holds_another_run_is_refused(models, tmp_path):
+    with pytest.raises(UserError, match="holds a run that did not begin from"):
+        plan(copy_of(models, tmp_path, "ode"), {"train_steps": 9}, resume=str(models / "flow" / "latest.pth"))
+
+
+def test_stage_2_goes_on_with_the_teacher_that_it_began_with(models, tmp_path):
+    """Without --teacher: the file is known.  One that is gone or another is named."""
+    folder, teacher = copy_of(models, tmp_path, "flow"), copy_of(models, tmp_path, "ode") / "DDPMpp-000004.pth"
+    found = plan(folder, {"train_steps": 6})
+    assert found.start == 4 and found.teacher_file["path"] == str(models / "ode" / "DDPMpp-000004.pth")
+    assert not found.teacher.is_flow_map and found.config.distil.grid_steps == 2
+
+    latest = folder / "DDPMpp-000004.pth"
+    content = torch.load(latest, weights_only=True)
+    content["run"]["teacher"]["path"] = str(teacher)  # a teacher that we may change
+    torch.save(content, latest)
+    assert plan(folder, {"train_steps": 6}).teacher_file["path"] == str(teacher)
+    shutil.copy(teacher.with_name("DDPMpp-000002.pth"), teacher)
+    with pytest.raises(UserError, match=f"{teacher} is not the teacher that {latest} began with.*--teacher"):
+        plan(folder, {"train_steps": 6})
+    teacher.unlink()
+    with pytest.raises(UserError, match=f"the teacher of {latest} is no longer at {teacher}: .*--teacher"):
+        plan(folder, {"train_steps": 6})
+    moved = plan(folder, {"train_steps": 6}, teacher=str(models / "ode" / "latest.pth"))
+    assert moved.start == 4 and moved.teacher_file["path"] == str(models / "ode" / "latest.pth")
+
+
+def test_the_command_without_its_teacher_continues_stage_2(models, tmp_path):
+    """And makes what the command with it makes."""
+    for name, more in (("with", ["--teacher", models / "ode" / "DDPMpp-000004.pth"]), ("without", [])):
+        shutil.copytree(models / "flow", tmp_path / name, symlinks=True)
+        job = Job(tmp_path / f"log.{name}", *SHORT_STAGE_2, *more, "--train_steps", "6", "--workdir", tmp_path / name)
+        assert job.wait() == [0] and "at step 4 of 6" in job.err(), job.err()
+    assert_equal(*(checkpoint.read(tmp_path / name / "DDPMpp-000006.pth") for name in ("with", "without")))
+
+
+def test_stage_2_hides_no_labels(tmp_path):
+    """A null label would be regressed on the trajectories of a class."""
+    teacher = tiny_checkpoint(tmp_path / "teacher", label_dim=10, label_dropout=0.5)
+    stage_2 = {"mode": "characteristic"}
+    found = plan(tmp_path / "flow", stage_2, teacher=str(teacher))
+    assert found.teacher.config.network.label_dropout == 0.5
+    assert found.config.network.label_dropout == 0 and found.config.network.label_dim == 10
+    with pytest.raises(UserError, match="--label_dropout is for stage 1"):
+        plan(tmp_path / "flow", {**stage_2, "label_dropout": 0.1}, teacher=str(teacher))
+    assert plan(tmp_path / "flow", {**stage_2, "label_dropout": 0.0}, teacher=str(teacher)).config.network.label_dropout == 0
+
+
+# --------------------------------------------------------------------------------------------------- metrics and curves
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_have_a_clock_and_what_was_seen_and_curves_come_with_the_first_samples(tmp_path):
+    """The clock goes on where a killed run goes on, and where --resume begins a new folder, which has the history too."""
+    run, often = tmp_path / "run", ["--log_freq", "2", "--sampling_freq", "4"]
+    assert Job(tmp_path / "first", *STAGE_1, *often, "--workdir", run, fault=("step", 6)).wait() == [-signal.SIGKILL]
+    Image.open(run / "loss.png").verify()
+    assert [path.name for path in (run / "samples").iterdir()] == ["000004.png"]
+    assert Job(tmp_path / "second", *STAGE_1, *often, "--workdir", run).wait() == [0]
+    resume = ["--resume", run / "DDPMpp-000009.pth", "--train_steps", "11", "--workdir", tmp_path / "new"]
+    assert Job(tmp_path / "third", *STAGE_1, *often, *resume).wait() == [0]
+    for folder, steps in ((run, [2, 4, 6, 8, 10, 12]), (tmp_path / "new", [2, 4, 6, 8, 10, 11])):
+        lines = lines_of(folder)
+        assert [line["step"] for line in lines] == steps
+        assert [line["images_seen"] for line in lines] == [8 * step for step in steps]
+        clock = [line["seconds"] for line in lines]
+        assert clock == sorted(clock) and clock[0] >= 0
+    assert lines_of(run)[:4] == lines_of(tmp_path / "new")[:4] and (tmp_path / "new" / "loss.png").exists()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, instead of files of them."""
+    figures = []
+    monkeypatch.setattr(misc, "write_figure", lambda path, figure, **options: figures.append((path, figure)))
+    return figures
+
+
+def curves(figure):
+    return {ax.get_title(): [list(map(float, line.get_xdata())) for line in ax.lines] for ax in figure.axes}
+
+
+def write_lines(folder, *lines):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves_of_an_earlier_version_are_drawn_too(tmp_path, drawn):
+    """Without a clock, and with `images` for the images that were scored."""
+    old = [{"step": n, "loss": 1 / n, "grad_norm": 1.0, "images_per_s": 5.0, "lr": 1e-3} for n in (1, 2, 3)]
+    write_lines(tmp_path, *old, {"step": 3, "pixel_fid": 2.0, "images": 2048})
+    assert len(workdir.read_metrics(tmp_path)) == 4
+    workdir.draw_curves(tmp_path)
+    ((path, figure),) = drawn
+    assert path == tmp_path / "loss.png"
+    assert curves(figure) == {"denoising loss": [[1, 2, 3]], "learning rate": [[1, 2, 3]], "pixel FID": [[3]]}
+
+
+def test_curves_of_stage_2_have_no_sum_whose_weight_drifts(tmp_path, drawn):
+    lines = [
+        {"step": n, "loss": 3.0, "distance": 1.0, "denoising": 2.0, "weight": 0.5, "lr": 1e-3, "seconds": n} for n in (1, 2)
+    ]
+    write_lines(tmp_path, *lines, {"step": 2, "fid": 9.0, "images_scored": 5, "seconds": 3})
+    workdir.draw_curves(tmp_path)
+    found = curves(drawn[0][1])
+    assert set(found) == {"distance to the teacher's flow", "denoising loss", "learning rate", "FID"}
+    assert all(line == [[1, 2]] for title, line in found.items() if title != "FID")
+
+
+def test_a_folder_without_metrics_has_no_curves(tmp_path, drawn):
+    workdir.draw_curves(tmp_path)
+    write_lines(tmp_path, {"step": 1, "skipped": 1})
+    workdir.draw_curves(tmp_path)
+    assert drawn == []
+
+
+def test_what_may_be_a_slip_is_said_in_one_line_each(tmp_path):
+    """A warm-up longer than the run, small pictures that are enlarged, grey ones learned in colour."""
+    write_folder(tmp_path / "data", images(20, (1, 6, 6)))
+    options = ["--data_name", "folder", "--data_path", tmp_path / "data", "--image_size", "8", *TINY_NETWORK, *TINY_RUN]
+    job = Job(tmp_path / "log", "train.py", *options, "--lr_rampup_steps", "9", "--workdir", tmp_path / "run")
+    assert job.wait() == [0], job.err()
+    for line in (
+        "the warm-up of 9 steps is longer than the run of 3",
+        "images of 6x6 pixels are enlarged to 8",
+        "images are grey",
+    ):
+        assert job.err().count(line) == 1, job.err()
