@@ -126,13 +126,14 @@ def read(path):
 def _kind(path, error):
     """What a file is that torch cannot load, and what to do; empty if unknown."""
     with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":
-            return ": it looks like safetensors; load it with that package and torch.save its dict of tensors"
-    found = re.search(r"GLOBAL ([\w.]+)", error)
-    if not found:
+        head, found = file.read(9), re.search(r"GLOBAL ([\w.]+)", error)
+    if head[8:] == b"{":
+        return ": it looks like safetensors; load it with that package and torch.save its dict of tensors"
+    if not found and head[:1] != b"\x80":
         return ""
-    kind = "numpy values" if "numpy" in found[1] else "Python objects, which are never loaded"
-    return f": it holds {kind} ({found[1]}); torch.save the state dict of tensors, and plain numbers, instead"
+    kind = "numpy values" if found and "numpy" in found[1] else "Python objects, which are never loaded"
+    name = f" ({found[1]})" if found else ""
+    return f": it holds {kind}{name}; torch.save the state dict of tensors, and plain numbers, instead"
 
 
 def find_weights(content, path):
@@ -200,7 +201,8 @@ def override(config, flags, path, sections=("task", "data", "network"), free=("d
     """
     free = ("data_path", "num_workers", *free)
     settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
-    different = [f"--{key} is {flags[key]} and was {old}" for key, old in settings.items() if flags.get(key, old) != old]
+    changed = [(key, old) for key, old in settings.items() if flags.get(key, old) != old]
+    different = [f"--{defaults.flag_of(key)} is {flags[key]} and was {old}" for key, old in changed]
     if different:
         raise UserError(f"{path} was made with other settings: {'; '.join(different)}: {advice or 'leave them out'}")
     return defaults.resolve(flags, config)
@@ -277,6 +279,8 @@ def load_run(path):
     if not {"model", "config", "optim", "mean", "run"} <= content.keys():
         raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
     config, run = defaults.from_dict(content["config"]), content["run"]
+    if isinstance(run, dict) and isinstance(run.get("teacher"), str):  # earlier versions kept its hash alone
+        run = {**run, "teacher": {"path": "", "sha256": run["teacher"]}}
     check_mean(content["mean"], config, path)
     kinds = lambda values: {name: type(value) for name, value in values.items()}  # noqa: E731
     weights = {name: content[name] for name in ("model", "ema", "optim")}
@@ -323,9 +327,10 @@ class TrainingState:
 
     def _load_optimizer(self, state, path):
         """load_state_dict but for the settings, which stay; UserError unless every parameter has its state."""
-        parameters, whole, fits = list(self.model.parameters()), True, True
+        parameters = list(self.model.parameters())
         try:
-            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"]))]
+            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"].keys()))]
+            whole = bool(states)
             for s in states:
                 whole = whole and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and s["step"].shape == () and s["step"] >= 0
                 whole = whole and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())

@@ -115,6 +115,7 @@ def main():
     defaults.required(run, "denoiser", "characteristic")
     if not run.num_steps or min(run.num_steps) < 1 or run.nsampling < 1 or run.end_seed < 1:
         raise UserError("--num_steps takes numbers from 1, --nsampling and --end_seed are at least 1")
+    generator.check_seeds(0, run.end_seed)
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
             raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")

@@ -53,6 +53,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that Pillow may try, whatever a name says: fewer decoders for hostile files
 OURS = ("eval.json", "dataset.json")  # files that may lie beside images
 LARGEST_FILE = 2**28  # bytes of an image in a zip, unpacked
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # decode() does without
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no image to learn from
 
 
@@ -143,7 +144,7 @@ class ImageFiles:
         if others:
             count = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
             misc.log(f"warning: {self.path} holds {count} and {len(others)} other files, such as {others[0]}: passed over")
-        if "dataset.json" in visible:
+        if "dataset.json" in visible and size is not None:  # scores need no labels
             self.labelled_by = ["dataset.json"]
             return self._take_labels()
         places = [n.split("/")[0] if "/" in n else "" for n in self.names]
@@ -366,7 +367,8 @@ def _fetch(name, data, wanted):
     def fetch():
         from torchvision import datasets
 
-        missing = [p for p in (root / "MNIST" / "raw", root / "MNIST", root) if not p.exists()]
+        deepest = root / "MNIST" / "raw"
+        missing = [p for p in (deepest, *deepest.parents) if not p.exists()]
         try:
             getattr(datasets, name)(root, train=True, download=True)
         except (RuntimeError, OSError) as error:  # URLError is an OSError

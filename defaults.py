@@ -325,6 +325,14 @@ def choices(f):
     return given() if callable(given) else given
 
 
+IN_STAGE_2 = {"num_steps": "grid_steps", "rho": "grid_rho"}  # train.py's flags: settings
+
+
+def flag_of(name):
+    """The flag of a setting, which is its name but for the grid of stage 2."""
+    return next((flag for flag, setting in IN_STAGE_2.items() if setting == name), name)
+
+
 def choose(name, value, table):
     """table[value] of the setting `name`, or the value where the table is a list; UserError that lists what there is."""
     if value not in table:
@@ -336,7 +344,7 @@ def check(config):
     """UserError, naming the flag, unless every value makes sense by itself and with the others."""
 
     def fail(name, value, must):
-        raise UserError(f"--{name} is {value}: it must be {must}")
+        raise UserError(f"--{flag_of(name)} is {value}: it must be {must}")
 
     for section in vars(config).values():
         for f in fields(section):
@@ -411,7 +419,7 @@ def _one_of(known):
 def _path(ending):
     def read(text):
         text = os.path.expanduser(text)
-        return text if text.endswith(ending) or not text or os.path.isdir(text) else text + ending
+        return text if text.endswith((ending, "/")) or not text else text + ending
 
     return read
 

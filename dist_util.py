@@ -70,8 +70,9 @@ def _launched():
     if not {"RANK", "WORLD_SIZE"} & found.keys():
         return False
     missing = ", ".join(name for name in VARIABLES if name not in found)
-    with suppress(ValueError):
-        if not missing and 0 <= int(found["RANK"]) < int(found["WORLD_SIZE"]) and int(found["LOCAL_RANK"]) >= 0:
+    with suppress(ValueError, KeyError):
+        place, world, *others = (int(found[name]) for name in VARIABLES if name != "MASTER_ADDR")
+        if 0 <= place < world and min(others) >= 0:
             return True
     here, why = " ".join(f"{name}={value}" for name, value in found.items()), "which is no place among ranks"
     why = f"but no {missing}" if missing else why
@@ -202,7 +203,8 @@ def launch(main):
     """
     for number in SIGNALS:
         signal.signal(number, _stop)
-    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
+    with suppress(AttributeError):  # a notebook's stdout cannot
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     try:
         status = _run(main)
     except Stopped as stopped:  # while it was leaving already

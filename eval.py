@@ -44,7 +44,7 @@ def prepare(workdir, trained, run):
             found = json.loads(path.read_text())
             different = ["checkpoint"] if found["sha256"] != record["sha256"] else []
             different += ["start_seed"] if found["start_seed"] != record["start_seed"] else []
-            different += ["a larger end_seed"] if found["end_seed"] > record["end_seed"] else []
+            different += [f"seeds up to end_seed {found['end_seed']}"] if found["end_seed"] > record["end_seed"] else []
             for section, settings in record["config"].items():
                 theirs = found["config"][section]
                 different += [key for key in settings if key != "eval_bsz" and theirs.get(key, settings[key]) != settings[key]]

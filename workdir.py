@@ -67,8 +67,7 @@ def make_plan(run, flags, device):
         stage_2 = "stage 2 begins with --teacher alone"
         raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; {stage_2}")
     if mode == "characteristic":
-        names = {"num_steps": "grid_steps", "rho": "grid_rho"}  # in training these flags are of the grid that is learned
-        flags = {names.get(name, name): value for name, value in flags.items()}
+        flags = {defaults.IN_STAGE_2.get(name, name): value for name, value in flags.items()}
         if flags.get("label_dropout"):
             raise UserError("--label_dropout is for stage 1: leave it out, since the flow map needs every label")
     if saved:
@@ -114,8 +113,8 @@ def begins_anew(run, workdir):
     """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
 
     Not if torchrun has started the job again, after a process died or a machine came or went: a restart is to go on.  The
-    folder's .lock names the jobs that began here.  torchrun calls a job without an id "none"; then it is a restart only if
-    torchrun has counted one.
+    folder's .lock names the jobs that began here.  torchrun calls a job without an id "none", and counts restarts after a
+    death alone; so an uncounted "none" could be a restart, and overwrites nothing.
     """
     if not run.fresh or not checkpoint.latest_checkpoint(workdir):
         return run.fresh
@@ -124,8 +123,9 @@ def begins_anew(run, workdir):
     with suppress(OSError):
         if job in (workdir / ".lock").read_text().splitlines() and (counted or job != "none"):
             return False
-    if not run.force:
-        raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or add --force")
+    if not run.force or job == "none":
+        advice = "add --force" if not run.force else "give torchrun --standalone or a --rdzv_id, which tells restarts apart"
+        raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or {advice}")
     return True
 
 

@@ -10,7 +10,6 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -21,7 +20,6 @@ from processes import Job
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import dist_util  # noqa: E402
 
 import checkpoint  # noqa: E402
 import dataset  # noqa: E402
@@ -186,11 +184,6 @@ def assert_same_run(a, b):
     assert names[0] == names[1]
     for path in (a / "samples").iterdir():
         assert path.read_bytes() == (b / "samples" / path.name).read_bytes()
-
-
-def pretend_machine(name):
-    real = os.uname()
-    dist_util.os.uname = lambda: SimpleNamespace(sysname=real.sysname, nodename=name)
 
 
 # ------------------------------------------------------------------------------------------------------- sets of images

@@ -30,7 +30,6 @@ from conftest import (
     assert_same_run,
     has_trained,
     metrics,
-    pretend_machine,
     wait_for,
 )
 from processes import Job, free_port
@@ -487,7 +486,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, error):
 
 
 def kill_when_jobs_are_noted():
-    pretend_machine("another")  # so that there is something to note
     real = workdir.lock
 
     def locked(folder):

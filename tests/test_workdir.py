@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -29,7 +28,6 @@ from conftest import (
     has_trained,
     images,
     metrics,
-    pretend_machine,
     run,
     tiny_checkpoint,
     wait_for,
@@ -129,18 +127,25 @@ def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path
 def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
     """For whatever reason it does, a machine that joins too, of which torchrun's count of restarts says nothing."""
     shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
-    agent = {"environment": {"TORCHELASTIC_RUN_ID": "none"}}  # its process here is the parent of all jobs
-    assert Job(tmp_path / "first", *shared, **agent, fault=("step", 8)).wait() == [-signal.SIGKILL]
-    again = Job(tmp_path / "again", *shared, **agent)
+    job = {"environment": {"TORCHELASTIC_RUN_ID": "job7"}}
+    assert Job(tmp_path / "first", *shared, **job, fault=("step", 8)).wait() == [-signal.SIGKILL]
+    again = Job(tmp_path / "again", *shared, **job)
     assert again.wait() == [0] and "at step 6 of 12" in again.err(), again.err()
+    for name, options in (("other", {"environment": {"TORCHELASTIC_RUN_ID": "other"}}), ("alone", {})):
+        anew = Job(tmp_path / name, *shared, **options)
+        assert anew.wait() == [0] and "continuing" not in anew.err(), anew.err()
+
+
+def test_fresh_of_a_job_without_an_id_goes_on_if_it_is_counted_and_else_overwrites_nothing(tmp_path):
+    """torchrun calls all of them "none"."""
+    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
+    nameless = {"environment": {"TORCHELASTIC_RUN_ID": "none"}}
+    assert Job(tmp_path / "first", *shared, **nameless, fault=("step", 8)).wait() == [-signal.SIGKILL]
+    refused = Job(tmp_path / "refused", *shared, **nameless)
+    assert refused.wait() == [2] and "give torchrun --standalone or a --rdzv_id" in refused.err(), refused.err()
     counted = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
-    wrapped = Job(tmp_path / "wrapped", *shared, environment=counted, prepare=partial(pretend_machine, "a"))
-    assert wrapped.wait() == [0] and "at step 12 of 12" in wrapped.err(), wrapped.err()
-    other_job = {"environment": {"TORCHELASTIC_RUN_ID": "other"}}
-    elsewhere = {**agent, "prepare": partial(pretend_machine, "b")}
-    for name, options in (("elsewhere", elsewhere), ("other", other_job), ("alone", {})):
-        job = Job(tmp_path / name, *shared, **options)
-        assert job.wait() == [0] and "continuing" not in job.err(), job.err()
+    again = Job(tmp_path / "again", *shared, environment=counted)
+    assert again.wait() == [0] and "at step 6 of 12" in again.err(), again.err()
 
 
 def test_a_workdir_takes_one_run_at_a_time(tmp_path):
@@ -177,6 +182,14 @@ def test_a_refused_flag_names_the_two_ways_there_are(models, tmp_path, flags):
     assert found and found[1] == str(folder / "DDPMpp-000004.pth"), str(caught.value)
     going_on = plan(tmp_path / "new", {**flags, "train_steps": 6}, resume=found[1])
     assert going_on.start == 4 and not going_on.in_place and going_on.origin["path"] == found[1]
+
+
+def test_the_grid_of_stage_2_is_called_by_its_flags(models, tmp_path):
+    """--num_steps and --rho, in what is refused too."""
+    with pytest.raises(UserError, match="--num_steps is 9 and was 2; --rho is 2.0 and was 1.0"):
+        plan(copy_of(models, tmp_path, "flow"), {"num_steps": 9, "rho": 2.0})
+    with pytest.raises(UserError, match="--num_steps is 65536: it must be from 1 to 4096"):
+        plan(tmp_path / "new", {"mode": "characteristic", "num_steps": 65536}, teacher=str(models / "ode" / "latest.pth"))
 
 
 def test_resume_into_a_folder_that_holds_another_run_is_refused(models, tmp_path):
