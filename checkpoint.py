@@ -14,6 +14,7 @@ import math
 import os
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def point_to(path):
         with misc.atomic(pointer) as temporary:
             os.symlink(path.name, temporary)
     except UserError as error:
-        pointer.unlink(missing_ok=True)  # the last checkpoint counts then, see latest_checkpoint()
+        with suppress(OSError):
+            pointer.unlink(missing_ok=True)  # the last checkpoint counts then, see latest_checkpoint()
         misc.log(f"warning: {error}; the last checkpoint is found without it")
 
 
@@ -176,7 +178,7 @@ def load_weights(net, state, path):
     def differ(names, what):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            wrong.append(f"{', '.join(names[:3])}{more} {what(names[0])}")
+            wrong.append(f"{', '.join(map(str, names[:3]))}{more} {what(names[0])}")
 
     both = [k for k in own if k in state]
     shapes = {k: tuple(getattr(state[k], "shape", ())) for k in both}
@@ -271,6 +273,7 @@ class Saved:
     origin: dict | None  # path, sha256 and step of the checkpoint that the run began from with --resume
     teacher: dict | None  # path and sha256 of the teacher's checkpoint
     weights: dict = field(repr=False)  # model, ema, optim
+    ratio: float | None = None  # the objective's, of the last step: see train.Distillation.balance
 
 
 def load_run(path):
@@ -295,6 +298,7 @@ def load_run(path):
             all(type(value) is float and math.isfinite(value) for value in numbers),
             origin is None or kinds(origin) == {"path": str, "sha256": str, "step": int},
             teacher is None or kinds(teacher) == {"path": str, "sha256": str},
+            saved.ratio is None or type(saved.ratio) is float and math.isfinite(saved.ratio),
         ]
         if not all(whole):
             raise ValueError("values of another kind")

@@ -92,7 +92,7 @@ def _in_folder(folder):
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()
             continue
-        classes = classes if seen else [name for name in folders if not name.startswith(".")]
+        classes = classes if seen else [name for name in folders if not name.startswith((".", "__MACOSX"))]
         seen.add((here.st_dev, here.st_ino))
         names += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in files]
     return names, classes
@@ -206,9 +206,9 @@ class ImageFiles:
         for name in self.sample():
             with suppress(UserError):  # it is named when it is read
                 found.append(self.use(name, lambda data: Image.open(io.BytesIO(data), formats=FORMATS)))
-        small = {f"{i.width}x{i.height}" for i in found if min(i.size) < self.size}
+        small = min((i.size for i in found if min(i.size) < self.size), default=None)
         if small:
-            yield f"images of {min(small)} pixels are enlarged to {self.size}: a smaller --image_size would hold all of them"
+            yield f"images of {small[0]}x{small[1]} pixels are enlarged to {self.size}: a smaller --image_size holds them"
         if self.channels == 3 and found and all(i.mode in ("1", "L", "LA") for i in found):
             yield "the images are grey, and the model is trained in colour: --image_channels 1 is for grey"
 
@@ -339,7 +339,7 @@ def load_mnist(data, download):
     if not all(map(find, kinds)):
         _fail("mnist", folder, "train-images-idx3-ubyte and train-labels-idx1-ubyte, unpacked or .gz,")
     images, labels = (read_idx(find(kind)) for kind in kinds)
-    if images.ndim != 3 or images.shape != (len(labels), 28, 28) or labels.ndim != 1 or labels.max(initial=0) > 9:
+    if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not labels.size > 0 or labels.max() > 9:
         raise UserError(f"{folder} holds images {images.shape} and labels {labels.shape}, not MNIST's: get the files again")
     labels = torch.from_numpy(labels.astype(np.int64))
     return MemoryImages(torch.from_numpy(images[:, None].copy()), labels, tuple("0123456789"))
@@ -421,7 +421,7 @@ def check_classes(images, label_dim):
     if label_dim:
         splits = {name.lower() for name in names} <= {"train", "test", "val", "valid", "validation"}
         why = f"the data has {len(names)} class{'es' * (len(names) != 1)}"
-        why = "there are pictures beside the class folders" if "" in names[:-1] + names[1:] else why
+        why = "there are pictures beside the class folders" if "" in names and len(names) > 1 else why
         why = "these are parts of a data set, not classes" if splits else why
         if label_dim != len(names) or splits or "" in names or 0 in counts:
             raise UserError(f"--label_dim is {label_dim}, but {why}: found {shown}; --data_path names what holds the classes")
@@ -505,7 +505,7 @@ def batches(images, data, train, start):
 def read_ahead(images, order, workers, pin=False):
     """Yield images.batch(indices) for the lists of indices in `order`; each of the `workers`, threads, reads two batches ahead.
 
-    Threads, since decoding and disks leave Python's lock alone, and since they need no shared memory and die with the process.
+    Threads, since decoding and disks leave Python's lock alone, and since they need no shared memory.
     """
 
     def read(indices):

@@ -13,6 +13,8 @@ import os
 import typing
 from dataclasses import dataclass, field, fields
 
+import sde
+
 
 def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True):
     """A field that is a setting.
@@ -120,9 +122,9 @@ class Distil:
         "(the authors' code)",
     )
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
-    grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4096), flag=False)
+    grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
-    teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun or deis")
+    teacher_solver: str = setting("deis", "solver of the teacher's ODE", choices=lambda: sde.SOLVERS)
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
     adaptive_weight: bool = setting(
         True, "scale the stage-1 loss until its gradient at the last layer is as large as the distance's"
@@ -147,7 +149,7 @@ class Distil:
 class Sampling:
     """sampling"""
 
-    ode_solver: str = setting("deis", "solver of the denoiser's ODE: euler, heun or deis; a flow map needs none")
+    ode_solver: str = setting("deis", "solver of the denoiser's ODE; a flow map needs none", choices=lambda: sde.SOLVERS)
     num_steps: int = setting(
         20,
         "steps from noise to data: network calls, and more for heun (20 for a denoiser, 1 for a flow map; for train.py in "
@@ -322,7 +324,7 @@ def fits(value, kind):
 def choices(f):
     """The values that a setting may have, or None."""
     given = f.metadata["choices"]
-    return given() if callable(given) else given
+    return given and tuple(given() if callable(given) else given)
 
 
 IN_STAGE_2 = {"num_steps": "grid_steps", "rho": "grid_rho"}  # train.py's flags: settings
@@ -379,8 +381,8 @@ def check(config):
     if distil.one_step_share + distil.to_data_share > 1:
         fail("to_data_share", distil.to_data_share, "at most 1 - one_step_share")
     if config.task.mode == "characteristic" and distil.objective == "trajectory" and distil.dsm_weight:
-        dsm = distil.dsm_share * train.bsz  # a round has this many, rounded down or up
-        if dsm and not 1 <= dsm <= train.bsz - 1:
+        dsm = round(distil.dsm_share * train.bsz)
+        if dsm == train.bsz or distil.dsm_share and not dsm:
             fail("dsm_share", distil.dsm_share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     for name in ("sde", "churn"):
         if config.task.mode == "characteristic" and getattr(sampling, name):

@@ -158,9 +158,9 @@ class StopSignals:
 
     def _exchange(self, number):
         """The signal that any rank has received, SIGTERM first, or None; and the sum over the ranks of a number."""
-        votes = torch.tensor([*(self.received == signal for signal in SIGNALS), number], dtype=torch.float64)
+        votes = torch.tensor([*(self.received == kind for kind in SIGNALS), number], dtype=torch.float64)
         *votes, total = sum_over_ranks(votes).tolist()
-        return next((signal for signal, count in zip(SIGNALS, votes) if count), None), total
+        return next((kind for kind, count in zip(SIGNALS, votes) if count), None), total
 
     def check(self):
         """The signal that asks the run to stop, or None.  All ranks call this together, as often as they like.
@@ -203,7 +203,7 @@ def launch(main):
     """
     for number in SIGNALS:
         signal.signal(number, _stop)
-    with suppress(AttributeError):  # a notebook's stdout cannot
+    with suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
     try:
         status = _run(main)
@@ -217,13 +217,13 @@ def launch(main):
     finally:
         for number in SIGNALS:  # it is leaving, and would do so with a traceback or another status
             signal.signal(number, signal.SIG_IGN)
-    if "RANK" in os.environ:
-        # The interpreter is not torn down: threads of torch that still want its lock would abort the process, and with it the
-        # job (one run of two ranks in sixty).  Nor is the process group after an error: it could wait for ranks that are gone.
-        sys.stderr.flush()
-        os._exit(status)
-    if status:
+    if "IPython" in sys.modules:  # %run in a notebook, which goes on
         sys.exit(status)
+    # The interpreter is not torn down: threads of torch that still want its lock would abort the process, and with it the job
+    # (one run of two ranks in sixty); a thread that reads ahead from a disk that does not answer would be waited for; and
+    # after an error the process group could wait for ranks that are gone.
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run(main):
@@ -236,7 +236,7 @@ def _run(main):
 
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         if speaks or isinstance(error, LoneError):
             say(f"error: {error}")

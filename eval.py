@@ -30,6 +30,9 @@ class Run:
     end_seed: int = setting(49999, "last seed, included")
 
 
+NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout")  # to the images, but for rounding
+
+
 def prepare(workdir, trained, run):
     """Make the folder and write eval.json; UserError if there is anything in it but images made in the same way.
 
@@ -47,7 +50,7 @@ def prepare(workdir, trained, run):
             different += [f"seeds up to end_seed {found['end_seed']}"] if found["end_seed"] > record["end_seed"] else []
             for section, settings in record["config"].items():
                 theirs = found["config"][section]
-                different += [key for key in settings if key != "eval_bsz" and theirs.get(key, settings[key]) != settings[key]]
+                different += [k for k in settings if k not in NO_MATTER and theirs.get(k, settings[k]) != settings[k]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
         if different:

@@ -529,7 +529,7 @@ def make_statistics(run, flags, metrics, device, reference=None):
     """Statistics of the images that the flags name; every rank measures its share."""
     source, made = dist_util.agree(lambda: open_source(run, flags, device))
     shape = dist_util.agree(lambda: source.shape)
-    if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder:
+    if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder and not run.force:
         source = dataset.Grey(source)  # many tools write grey images as RGB
         shape = source.shape
     n = run.num or len(source)  # what does not compare is refused before the work, not after it

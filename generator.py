@@ -138,8 +138,7 @@ def trajectory(config, model, x, noise, label=None):
     elif sampling.sde:
         step = lambda x, t, s: sde.ancestral_step(denoise, noise, x, t, s)  # noqa: E731
     else:
-        solver = defaults.choose("ode_solver", sampling.ode_solver, sde.SOLVERS)
-        step = lambda x, t, s: solver(denoise, x, t, s)  # noqa: E731
+        step = lambda x, t, s: sde.SOLVERS[sampling.ode_solver](denoise, x, t, s)  # noqa: E731
     ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
     return sde.sample(step, x, ts, churn if sampling.churn else None)
 
@@ -157,7 +156,7 @@ def nfe(config):
     return len(calls)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def solve(trained, seeds):
     """Yield the states (B, C, H, W), from noise to data, of the images with these seeds; the last are the images.
 

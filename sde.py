@@ -140,7 +140,7 @@ def heun_step(denoise, x, t, s):
 
     The corrector divides by beta_s^2.  An error e of the denoiser at t moves the predicted state, and comes back as about
     e (beta_t^2 / beta_s^2) / 2: speckles, where s is near data.  So the corrector is used up to a ratio of 4, which finer
-    grids keep at nearly all steps.
+    grids keep at nearly all steps.  On a GPU each step waits for the device, to know whether any image is corrected.
     """
     d = denoise(x, t)
     to_s = transport(x, d, t, s)

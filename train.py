@@ -54,6 +54,10 @@ def normal(like, generator):
     return torch.randn(like.shape, generator=generator, device=like.device)
 
 
+def mean(values):
+    return values.mean() if len(values) else values.sum()
+
+
 def training_times(n, train, generator):
     """(n,) times, uniform on [train_eps0, 1]."""
     t = torch.rand(n, generator=generator, device=generator.device)
@@ -96,7 +100,7 @@ class Distillation(Objective):
         train, distil = self.config.train, self.config.distil
         ts = sde.grid(distil.grid_steps, 1 - train.train_eps1, train.train_eps0, distil.grid_rho)
         self.ts = ts.to(self.teacher.mean.device)
-        self.solver = defaults.choose("teacher_solver", distil.teacher_solver, sde.SOLVERS)
+        self.solver, self.ratio = sde.SOLVERS[distil.teacher_solver], None
 
     def teacher_step(self, label):
         return lambda x, t, s: self.solver(lambda y, r: self.teacher.model(y, r, label=label), x, t, s)
@@ -113,14 +117,21 @@ class Distillation(Objective):
         return loss, {"loss": loss, "distance": distance, "denoising": denoising, "weight": weight}
 
     def balance(self, distance, denoising, place):
-        """sde.adaptive_weight of the two losses, over all ranks, and over the rounds of this step up to the present one."""
-        last = getattr(self.model, "module", self.model).net.last_layer
+        """sde.adaptive_weight of the two losses, over all ranks and rounds of a step.
+
+        A step of several rounds takes that of the step before, `ratio`, since its own is known only after its last round.  The
+        very first one takes that of its rounds so far.
+        """
+        last, train = getattr(self.model, "module", self.model).net.last_layer, self.config.train
         gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (distance, denoising)]
         gradients = [dist_util.sum_over_ranks(gradient) for gradient in gradients]
-        if place >= self.config.train.bsz * dist_util.world_size():  # not the first round
+        a_round = train.bsz * dist_util.world_size()
+        if place >= a_round:
             gradients = [total + gradient for total, gradient in zip(self.gradients, gradients)]
-        self.gradients = gradients
-        return sde.adaptive_weight(*gradients)
+        self.gradients, before, now = gradients, self.ratio, sde.adaptive_weight(*gradients)
+        if place >= train.global_bsz - a_round:  # the last round; a step that is not finite is skipped and leaves no trace
+            self.ratio = now if before is None else torch.where(now.isfinite(), now, before)
+        return now if before is None or a_round == train.global_bsz else before
 
 
 class Trajectory(Distillation):
@@ -200,8 +211,8 @@ class Trajectory(Distillation):
         )
         # This part has n of the step's pairs and n_dsm of its images for stage 1.  Other parts may have one more or less, so
         # the means are weighted: in the mean over all parts, each pair and each image of the step counts the same.
-        distance = distances.mean() * (n * parts / (train.global_bsz - all_dsm))
-        return self.combine(distance, dsm.mean() * (n_dsm * parts / all_dsm) if all_dsm else None, place)
+        distance = mean(distances) * (n * parts / (train.global_bsz - all_dsm))
+        return self.combine(distance, mean(dsm) * (n_dsm * parts / all_dsm) if all_dsm else None, place)
 
 
 class Semigroup(Distillation):
@@ -243,7 +254,8 @@ def check_memory(size, device):
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist_util.world_size() > 1 else 1
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
     if size > there:
         gib, advice = 2**30, "lower --bank_size, or take --bank_dtype float16"
         raise UserError(f"the bank of stage 2 takes {size / gib:.1f} GiB on each rank, which has {there / gib:.1f}: {advice}")
@@ -255,7 +267,7 @@ def make_distance(run, config, device):
     LPIPS as the reference has it: average pooling, images of fewer than 256 pixels resized to 224, grey repeated.
     """
     if config.distil.loss_norm != "lpips":
-        return defaults.choose("loss_norm", config.distil.loss_norm, {**sde.DISTANCES, "lpips": None})
+        return sde.DISTANCES[config.distil.loss_norm]
     import lpips  # which imports torchvision, slowly
 
     files = [misc.weights_file(name, getattr(run, name), run.download)[0] for name in ("lpips_weights", "vgg_weights")]
@@ -345,19 +357,24 @@ class Training:
         plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device))
         if len(set(dist_util.gather((str(plan.saved and plan.saved.path), plan.start)))) > 1:
             raise UserError(f"the ranks see different runs in --workdir {plan.workdir}: put it where all machines see the same")
+        defaults.choose("objective", plan.config.distil.objective, OBJECTIVES)
+        defaults.choose("loss_norm", plan.config.distil.loss_norm, (*sde.DISTANCES, "lpips"))
         config, images, fingerprint = load_data(plan, flags)
         if run.ref_path and not config.train.fid_freq:
             raise UserError("--ref_path is for --fid_freq, the steps between scores: add it, or leave --ref_path out")
         self.score = Score(run, config, images.shape, device) if config.train.fid_freq else None
         distance = make_distance(run, config, device) if plan.teacher else None
         for name, section in defaults.to_dict(config).items():
-            misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in section.items()))
+            shown = {key: value for key, value in section.items() if not key.startswith("class_")}  # these may be many
+            misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
         self.state = make_state(plan, config, images, fingerprint, device)
         self.rounds = config.train.global_bsz // (config.train.bsz * dist_util.world_size())
         self.model = dist_util.parallel(self.state.model, static=plan.teacher is None and self.rounds == 1)
-        kind = defaults.choose("objective", config.distil.objective, OBJECTIVES) if plan.teacher else Denoising
+        kind = OBJECTIVES[config.distil.objective] if plan.teacher else Denoising
         self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
+        if plan.saved and plan.saved.ratio is not None:
+            self.objective.ratio = torch.tensor(plan.saved.ratio, device=device)
         anew = run.fresh and not plan.saved
         self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, anew, run.keep))
 
@@ -468,6 +485,8 @@ class Training:
         if done and done != self.last_saved and (not self.in_a_row or done == self.config.train.train_steps):
             if not self.state.is_finite():
                 self.give_up("the weights are not finite")
+            ratio = getattr(self.objective, "ratio", None)
+            self.state.facts["ratio"] = None if ratio is None else ratio.item()
             self.state.save(self.folder, self.keep)
             self.last_saved = done
 
@@ -504,6 +523,9 @@ def load_data(plan, flags):
     images = dist_util.agree(lambda: dataset.load(config.data, may_download))
     fingerprint = dist_util.gather(dist_util.on_first_rank(lambda: workdir.check_data(images, plan)))[0]
     names, counts = dataset.check_classes(images, config.network.label_dim)
+    before = plan.teacher.config.data.class_names if plan.teacher and config.network.label_dim else ()
+    if before and before != names:
+        misc.log(f"warning: the teacher's classes have other names: {', '.join(before[:12])}")
     if isinstance(images, dataset.ImageFiles):
         for line in images.conversions():
             misc.log(line)

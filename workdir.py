@@ -39,11 +39,7 @@ class Plan:
     origin: dict | None  # path, sha256 and step of the checkpoint that the run in workdir began from with --resume
     teacher: generator.Trained | None
     teacher_file: dict | None  # path and sha256
-
-    @property
-    def in_place(self):
-        """Whether it continues what is in its own workdir."""
-        return self.saved is not None and self.saved.path.parent.resolve() == self.workdir.resolve()
+    in_place: bool  # whether it continues what is in its own workdir
 
     @property
     def start(self):
@@ -83,7 +79,7 @@ def make_plan(run, flags, device):
     origin = held.origin if held else None
     if named and not held:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
-    return Plan(config, workdir, saved, origin, teacher, teacher_file)
+    return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None)
 
 
 def check_flags(run):
@@ -113,15 +109,13 @@ def begins_anew(run, workdir):
     """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
 
     Not if torchrun has started the job again, after a process died or a machine came or went: a restart is to go on.  The
-    folder's .lock names the jobs that began here.  torchrun calls a job without an id "none", and counts restarts after a
-    death alone; so an uncounted "none" could be a restart, and overwrites nothing.
+    folder's .lock names the jobs that began here.  torchrun calls all jobs without an id "none": these overwrite nothing.
     """
     if not run.fresh or not checkpoint.latest_checkpoint(workdir):
         return run.fresh
     job = os.environ.get("TORCHELASTIC_RUN_ID")
-    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with suppress(OSError):
-        if job in (workdir / ".lock").read_text().splitlines() and (counted or job != "none"):
+        if job != "none" and job in (workdir / ".lock").read_text().splitlines():
             return False
     if not run.force or job == "none":
         advice = "add --force" if not run.force else "give torchrun --standalone or a --rdzv_id, which tells restarts apart"
@@ -132,6 +126,8 @@ def begins_anew(run, workdir):
 def load_last(workdir):
     """The Saved of a folder's last checkpoint, None without one; UserError says what to remove if it is lost or damaged."""
     latest = checkpoint.latest_checkpoint(workdir)
+    if latest is None and (workdir / "latest.pth").exists():
+        raise UserError(f"{workdir}/latest.pth is no link to a checkpoint: call it DDPMpp-000000.pth, with its step, to go on")
     if latest is None:
         return None
     if not latest.exists():

@@ -198,7 +198,7 @@ def test_images_may_be_made_in_other_batches_and_more_of_them(tmp_path):
     prepare(folder, generator.load_model(path, {"eval_bsz": 2}))
     prepare(folder, model, end_seed=12)
     assert json.loads((folder / "eval.json").read_text())["end_seed"] == 12
-    refused = [(".*larger.*end_seed|end_seed.*larger", model, {}), ("start_seed", model, {"start_seed": 1, "end_seed": 12})]
+    refused = [("seeds up to end_seed 12", model, {}), ("start_seed", model, {"start_seed": 1, "end_seed": 12})]
     refused += [("num_steps", generator.load_model(path, {"num_steps": 3}), {"end_seed": 12})]
     for what, other, seeds in refused:
         with pytest.raises(UserError, match=f"holds images made with other ({what})"):
@@ -282,4 +282,4 @@ def test_a_solver_is_added_from_outside(models, tmp_path):
     record = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert record["nfe"] == 6 and record["config"]["sampling"]["ode_solver"] == "midpoint"
     job = Job(tmp_path / "unknown", *command, "--ode_solver", "midpoint", "--workdir", tmp_path / "new")
-    assert job.wait() == [2] and "--ode_solver is midpoint: it must be one of euler, heun, deis" in job.err(), job.err()
+    assert job.wait() == [2] and "--ode_solver: invalid choice: 'midpoint' (choose from" in job.err(), job.err()

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "checkpoint": GROUND,
     "misc": {"dist_util"},
     "network": {"sde"},
-    "defaults": {"dist_util"},
+    "defaults": {"sde", "dist_util"},
     **dict.fromkeys(("sde", "dist_util", "inception", "lpips"), set()),
 }
 

@@ -498,8 +498,8 @@ def kill_when_jobs_are_noted():
 
 def test_a_restart_that_is_killed_while_it_notes_its_job_leaves_the_run_to_the_next(tmp_path):
     shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
-    job = {"environment": {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}}
-    first = {"environment": {"TORCHELASTIC_RUN_ID": "none"}, "fault": ("step", 8)}
+    job = {"environment": {"TORCHELASTIC_RUN_ID": "job7", "TORCHELASTIC_RESTART_COUNT": "1"}}
+    first = {"environment": {"TORCHELASTIC_RUN_ID": "job7"}, "fault": ("step", 8)}
     assert Job(tmp_path / "first", *shared, **first).wait() == [-signal.SIGKILL]
     killed = Job(tmp_path / "killed", *shared, **job, prepare=kill_when_jobs_are_noted)
     assert killed.wait() == [-signal.SIGKILL]
