@@ -34,7 +34,7 @@ class MemoryImages:
 
     def __init__(self, images, labels=None, class_names=()):
         self.images, self.class_names, self.shape = images, class_names, tuple(images.shape[1:])
-        self.labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
+        self.labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels.long()
 
     def __len__(self):
         return len(self.images)
@@ -308,6 +308,8 @@ def load_array(path):
 
 
 def load_digits(data, download):
+    if data.data_path != type(data).data_path:
+        raise UserError(f"the digits are not in {data.data_path}: leave --data_path out, or add --data_name folder")
     with np.load(Path(__file__).parent / "data" / "digits.npz") as archive:
         levels, labels = archive["images"], archive["labels"]  # levels 0 ... 16
     images = np.floor(levels[:, None] * (255 / 16) + 0.5).astype(np.uint8)
@@ -389,8 +391,9 @@ def _fail(name, folder, files, other=()):
 
 def load_afhq(data, download):
     path = Path(data.data_path) / "afhq" / "train"
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: unpack AFHQ so that it holds cat/, dog/ and wild/")
+    if not path.is_dir():
+        advice = "--data_path names the folder that holds afhq/train/{cat,dog,wild}, or use --data_name digits"
+        raise UserError(f"there is no folder {path.absolute()}: {advice}")
     return load_folder(dataclasses.replace(data, data_path=str(path)), download)
 
 

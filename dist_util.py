@@ -154,7 +154,7 @@ class StopSignals:
         if self.received is None:
             self.received, name = number, signal.Signals(number).name
             if rank() == 0:
-                os.write(2, f"\n{name}: writing a checkpoint, then leaving (kill -9 leaves without)\n".encode())
+                os.write(2, f"\n{name}: keeping what is done, then leaving (kill -9 leaves without)\n".encode())
 
     def _exchange(self, number):
         """The signal that any rank has received, SIGTERM first, or None; and the sum over the ranks of a number."""

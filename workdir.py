@@ -299,7 +299,7 @@ def append_metrics(workdir, line):
 
 PANELS = {  # title: what a line of metrics.jsonl may call it
     "denoising loss": ("denoising", "loss"),  # stage 1 logs it as its loss
-    "distance to the teacher's flow": ("distance",),
+    "distance": ("distance",),
     "learning rate": ("lr",),
     "pixel FID": ("pixel_fid",),
     "FID": ("fid",),

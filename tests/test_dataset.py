@@ -317,6 +317,7 @@ def test_mnist_is_read_whatever_packed_it(tmp_path, pack, ending):
 @pytest.mark.parametrize(
     "content",
     [b"", b"<html>not found</html>", idx(DIGITS)[:-1], gzip.compress(idx(DIGITS))[:-20], b"\x1f\x8b", b"\0\0\x08\x03\0"],
+    ids=["empty", "html", "cut short", "packed and cut", "packed nothing", "a part of a header"],
 )
 def test_a_damaged_file_of_mnist_is_named(tmp_path, content, ending):
     with pytest.raises(UserError, match="train-images-idx3-ubyte") as caught:

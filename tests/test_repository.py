@@ -435,6 +435,8 @@ def test_any_other_content_of_a_file_is_no_configuration(content):
 # ------------------------------------------------------------------------------------------------ users' mistakes
 
 
-def test_mistakes_on_several_ranks_are_reported_once():
-    done = launch("train.py", "--mode", "characteristic", ranks=2, expect=1)  # torchrun's own status
+def test_mistakes_on_several_ranks_are_reported_once(tmp_path):
+    done = launch(
+        "train.py", "--mode", "characteristic", "--workdir", tmp_path / "new", ranks=2, expect=1
+    )  # torchrun's own status
     assert done.stderr.count("error: --teacher is missing") == 1 and "Error:" not in done.stderr.split("torch.distributed")[0]
