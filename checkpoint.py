@@ -14,6 +14,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,7 @@ def read(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}; name a .pth file") from error
     except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
         why = _kind(path, str(error))
@@ -189,7 +190,7 @@ def load_weights(net, state, path):
     if not wrong:
         differ([k for k in both if not state[k].is_floating_point()], lambda k: f"holds {state[k].dtype}")
     if not wrong:
-        differ([k for k in both if not state[k].isfinite().all()], lambda _: "is not finite")
+        differ([k for k in both if not state[k].float().isfinite().all()], lambda _: "is not finite")
     if wrong:
         raise UserError(f"{path} does not fit this network: {'; '.join(wrong)}")
     net.load_state_dict(state)
@@ -279,6 +280,8 @@ class Saved:
 def load_run(path):
     """The Saved of a checkpoint that train.py wrote; UserError for another, a damaged one, or one of an earlier version."""
     content = read(path)
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not look
+        raise UserError(f"{path} is damaged: what it holds is not what was written")
     if not {"model", "config", "optim", "mean", "run"} <= content.keys():
         raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
     config, run = defaults.from_dict(content["config"]), content["run"]

@@ -113,8 +113,10 @@ def draw_curves(rows, run):
 def main():
     run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__, source="the checkpoint's")
     defaults.required(run, "denoiser", "characteristic")
-    if not run.num_steps or min(run.num_steps) < 1 or run.nsampling < 1 or run.end_seed < 1:
-        raise UserError("--num_steps takes numbers from 1, --nsampling and --end_seed are at least 1")
+    if not run.num_steps or not 1 <= min(run.num_steps) <= max(run.num_steps) <= 4096:
+        raise UserError("--num_steps takes numbers from 1 to 4096")
+    if not 1 <= run.nsampling <= 1000 or run.end_seed < 1:
+        raise UserError("--nsampling is from 1 to 1000, and --end_seed at least 1")
     generator.check_seeds(0, run.end_seed)
     with dist_util.session() as device:
         if dist_util.world_size() > 1:

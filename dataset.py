@@ -132,7 +132,9 @@ class ImageFiles:
                 names, folders = list(self.members), []
             else:
                 raise UserError(f"{self.path} is neither a folder nor a zip of images")
-        except (OSError, zipfile.BadZipFile) as error:
+        except UserError:
+            raise
+        except Exception as error:  # OSError, and whatever a damaged zip runs into
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
         visible = [n for n in sorted(names) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
         self.names = [n for n in visible if os.path.splitext(n)[1].lower() in SUFFIXES]
@@ -157,8 +159,9 @@ class ImageFiles:
         try:
             listed = json.loads(self.use("dataset.json", lambda data: data))["labels"]
             labels = dict(listed or dict.fromkeys(self.names, 0))
-            self.labels = torch.tensor([labels[name] for name in self.names])
             kinds = {type(labels[name]) for name in self.names}
+            if kinds == {int}:
+                self.labels = torch.tensor([labels[name] for name in self.names])
             if kinds != {int} or not 0 <= self.labels.min() <= self.labels.max() < 2**20:
                 raise ValueError("labels are not class numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -420,8 +420,10 @@ def _one_of(known):
 
 def _path(ending):
     def read(text):
+        if not text:
+            raise argparse.ArgumentTypeError("it is empty")
         text = os.path.expanduser(text)
-        return text if text.endswith((ending, "/")) or not text else text + ending
+        return text if text.endswith((ending, "/")) else text + ending
 
     return read
 

@@ -22,6 +22,8 @@ if _script.parent == Path(__file__).resolve().parent and _script.stem in ("train
     for _number in SIGNALS:  # its imports take seconds, in which Ctrl-C would be a traceback; launch() has better answers
         signal.signal(_number, _leave)
 
+os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name, which a container's user may not have
+
 import datetime  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
@@ -93,6 +95,8 @@ def session():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_timeout(), **_meeting_place())
         _place = (dist.get_rank(), dist.get_world_size())
+        if any(arguments != sys.argv[1:] for arguments in gather(sys.argv[1:])):
+            raise UserError("the ranks were started with different arguments: start all with the same command")
     yield device
     gather(None)  # leave together: a rank that closes its connections early can bring the others down
     if launched:  # after an error the others may be gone, and leaving politely could wait for them
@@ -153,8 +157,9 @@ class StopSignals:
     def note(self, number, frame):
         if self.received is None:
             self.received, name = number, signal.Signals(number).name
-            if rank() == 0:
-                os.write(2, f"\n{name}: keeping what is done, then leaving (kill -9 leaves without)\n".encode())
+            with suppress(OSError):  # the terminal or pipe may have gone with the same signal
+                if rank() == 0:
+                    os.write(2, f"\n{name}: keeping what is done, then leaving (kill -9 leaves without)\n".encode())
 
     def _exchange(self, number):
         """The signal that any rank has received, SIGTERM first, or None; and the sum over the ranks of a number."""

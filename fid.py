@@ -205,7 +205,10 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
     their statistics do not depend on the ranks; other features in float64.  With `keep`, rank 0 gets the features themselves.
     `made` is added to the metadata.  UserError for fewer than two images, too many pixels, and what cannot be read.
     """
-    source = dataset.MemoryImages(source) if isinstance(source, torch.Tensor) else source
+    if isinstance(source, torch.Tensor):
+        if source.dtype != torch.uint8 or source.ndim != 4:
+            raise UserError(f"images are {source.dtype} {tuple(source.shape)}: they must be uint8 (N, C, H, W)")
+        source = dataset.MemoryImages(source)
     indices = subset(len(source), count, seed)
     n, world = len(indices), dist_util.world_size()
     if n < 2:
@@ -568,6 +571,8 @@ def check(run, flags):
         generator.check_seeds(run.start_seed, run.end_seed)
     if run.stat_path and (run.num is not None or run.features != "auto"):
         raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
+    if run.dest and run.img_folder and Path(run.dest).resolve() == Path(run.img_folder).resolve():
+        raise UserError(f"--dest {run.dest} is the file of the images: name another")
     if run.num is not None and run.num < 2:
         raise UserError(f"--num is {run.num}: a covariance needs two images or more")
     if run.num is None and run.seed != Run.seed:

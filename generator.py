@@ -109,7 +109,8 @@ class SeedNoise:
     """
 
     def __init__(self, seeds, shape, device):
-        check_seeds(min(seeds), max(seeds))
+        check_seeds(min(seeds), min(seeds))
+        check_seeds(max(seeds), max(seeds))
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.shape, self.device = shape, device
 
@@ -200,4 +201,6 @@ class Generated:
         for x in solve(self.trained, [self.seeds[i] for i in indices]):  # noqa: B007 (the last is the images)
             if self.poll:
                 self.poll()
+        if not x.isfinite().all():
+            raise UserError(f"{self.trained.path or 'the model'} makes images that are not finite: its weights are no good")
         return dataset.to_uint8(x, self.trained.config.data.centered), torch.zeros(len(indices), dtype=torch.long)

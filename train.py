@@ -338,8 +338,8 @@ class Score:
 def draw_samples(folder, trained, step):
     """samples/{step}.png, a grid of --nsampling images of seeds 0, 1, ...; and loss.png."""
     count, path = trained.config.train.nsampling, folder / "samples" / f"{step:06d}.png"
-    images = torch.cat([images for _, images in generator.generate(trained, range(count), desc="samples")])
     with misc.not_fatal(path):
+        images = torch.cat([images for _, images in generator.generate(trained, range(count), desc="samples")])
         misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
     with misc.not_fatal(folder / "loss.png"):
         workdir.draw_curves(folder)
@@ -375,8 +375,8 @@ class Training:
         self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
         if plan.saved and plan.saved.ratio is not None:
             self.objective.ratio = torch.tensor(plan.saved.ratio, device=device)
-        anew = run.fresh and not plan.saved
-        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, anew, run.keep))
+        remove = run.force and not plan.saved
+        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, remove, run.keep))
 
         self.begun = time.perf_counter() - next((x["seconds"] for x in workdir.history(plan)[::-1] if "seconds" in x), 0)
         self.steps = config.train.train_steps - (plan.origin["step"] if plan.origin else 0)  # of the run in this folder
@@ -527,6 +527,8 @@ def load_data(plan, flags):
     if before and before != names:
         misc.log(f"warning: the teacher's classes have other names: {', '.join(before[:12])}")
     if isinstance(images, dataset.ImageFiles):
+        if plan.workdir.resolve().is_relative_to(images.path.resolve()):
+            raise UserError(f"--workdir {plan.workdir} lies in --data_path: its pictures would be data; choose another")
         for line in images.conversions():
             misc.log(line)
     return config.replace("data", class_names=names, class_counts=counts), images, fingerprint

@@ -235,21 +235,21 @@ def lock(workdir):
     return handle
 
 
-def prepare(plan, config, fresh, keep):
+def prepare(plan, config, remove, keep):
     """Make the folder ready for a run, and keep other runs out: returns the handle of lock().
 
-    Removes an earlier run if `fresh`, notes the job of torchrun, and writes config.json and the lines of metrics.jsonl that
-    come before the first step.  It may be killed anywhere.  The job is noted after everything is removed, so that a restart
-    never takes what is left of an earlier run for its own.
+    Removes an earlier run if asked to `remove` it, notes the job of torchrun, and writes config.json and the lines of
+    metrics.jsonl that come before the first step.  It may be killed anywhere.  The job is noted after everything is removed, so
+    that a restart never takes what is left of an earlier run for its own.
     """
     folder, before = plan.workdir, history(plan)
     handle = lock(folder)
-    if not fresh and checkpoint.latest_checkpoint(folder) != (plan.saved.path if plan.in_place else None):
+    if not remove and checkpoint.latest_checkpoint(folder) != (plan.saved.path if plan.in_place else None):
         raise UserError(f"--workdir {folder} has just been written to by another run: start the command again")
     for place in (folder, folder / "samples"):
         misc.remove_leftovers(place)
     try:
-        if fresh:
+        if remove:
             handle.truncate(0)
             names = ("latest.pth", "metrics.jsonl", "loss.png")
             for path in (*checkpoint.checkpoints(folder), *(folder / name for name in names)):

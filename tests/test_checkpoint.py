@@ -221,3 +221,15 @@ def test_a_flow_map_of_an_earlier_version_keeps_its_grid_and_is_drawn_in_one_ste
     config = generator.load_model(path).config
     assert (config.distil.grid_steps, config.distil.grid_rho, config.sampling.num_steps) == (20, 2.0, 1)
     assert config.data.class_names == ()
+
+
+def test_a_checkpoint_whose_tensors_were_changed_on_the_disk_is_not_continued(models, tmp_path):
+    """One flipped byte inside a tensor: torch.load would not notice."""
+    path = tmp_path / "x.pth"
+    data = bytearray((models / "ode" / "DDPMpp-000004.pth").read_bytes())
+    state = torch.load(models / "ode" / "DDPMpp-000004.pth", weights_only=True)["model"]
+    largest = max(state.values(), key=torch.numel).numpy().tobytes()
+    data[data.index(largest[:64]) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="x.pth is damaged: what it holds is not what was written"):
+        checkpoint.load_run(path)

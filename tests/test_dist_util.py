@@ -149,3 +149,16 @@ def test_a_signal_while_a_script_is_being_imported_is_one_line(number):
         rest = [line.strip() for line in lines if not line.startswith("import time:")]
         assert process.wait(20) == 128 + number and process.stdout.read() == ""
     assert [line for line in rest if line] == [f"stopped by {number.name}"]
+
+
+def test_ranks_that_were_started_with_different_arguments_are_told(tmp_path):
+    """--seed on one of them alone would else train something that no configuration describes."""
+    from processes import free_port
+
+    port, jobs = str(free_port()), []
+    for rank in (0, 1):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = ["train.py", "--workdir", tmp_path / "run", "--seed", rank]
+        jobs.append(Job(tmp_path / f"log{rank}", *command, environment=place))
+    assert [job.wait() for job in jobs] == [[2], [2]]
+    assert "error: the ranks were started with different arguments" in jobs[0].err() and not (tmp_path / "run").exists()

@@ -283,3 +283,18 @@ def test_a_solver_is_added_from_outside(models, tmp_path):
     assert record["nfe"] == 6 and record["config"]["sampling"]["ode_solver"] == "midpoint"
     job = Job(tmp_path / "unknown", *command, "--ode_solver", "midpoint", "--workdir", tmp_path / "new")
     assert job.wait() == [2] and "--ode_solver: invalid choice: 'midpoint' (choose from" in job.err(), job.err()
+
+
+def test_images_that_are_not_finite_are_an_error_and_not_black(models, tmp_path):
+    content = torch.load(models / "ode" / "latest.pth", weights_only=True)
+    content["ema"] = {name: 1e30 * value for name, value in content["ema"].items()}
+    torch.save(content, tmp_path / "huge.pth")
+    with pytest.raises(UserError, match="huge.pth makes images that are not finite"):
+        generator.load_model(str(tmp_path / "huge.pth"), {"num_steps": 2}).images(range(2))
+
+
+def test_measure_takes_bytes_alone():
+    import fid
+
+    with pytest.raises(UserError, match="must be uint8"):
+        fid.measure(torch.rand(4, 1, 8, 8), fid.load_features("pixels"))

@@ -298,7 +298,7 @@ def test_curves_of_stage_2_have_no_sum_whose_weight_drifts(tmp_path, drawn):
     write_lines(tmp_path, *lines, {"step": 2, "fid": 9.0, "images_scored": 5, "seconds": 3})
     workdir.draw_curves(tmp_path)
     found = curves(drawn[0][1])
-    assert set(found) == {"distance to the teacher's flow", "denoising loss", "learning rate", "FID"}
+    assert set(found) == {"distance", "denoising loss", "learning rate", "FID"}
     assert all(line == [[1, 2]] for title, line in found.items() if title != "FID")
 
 
@@ -321,3 +321,20 @@ def test_what_may_be_a_slip_is_said_in_one_line_each(tmp_path):
         "images are grey",
     ):
         assert job.err().count(line) == 1, job.err()
+
+
+def test_fresh_alone_removes_no_file(tmp_path):
+    """Of a folder that holds no run: what lies there is somebody's."""
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "samples" / "recording.wav").write_text("mine")
+    assert Job(tmp_path / "log", *STAGE_1, "--workdir", folder, "--fresh").wait() == [0]
+    assert (folder / "samples" / "recording.wav").read_text() == "mine"
+
+
+def test_a_lonely_pointer_that_is_a_file_is_not_overwritten(models, tmp_path):
+    """cp -L and downloads make files of links."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest.pth").write_bytes((models / "ode" / "latest.pth").read_bytes())
+    with pytest.raises(UserError, match="latest.pth is no link to a checkpoint"):
+        plan(tmp_path / "run", {})
