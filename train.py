@@ -365,7 +365,7 @@ class Training:
         self.score = Score(run, config, images.shape, device) if config.train.fid_freq else None
         distance = make_distance(run, config, device) if plan.teacher else None
         for name, section in defaults.to_dict(config).items():
-            shown = {key: value for key, value in section.items() if not key.startswith("class_")}  # these may be many
+            shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
         self.state = make_state(plan, config, images, fingerprint, device)
