@@ -529,7 +529,7 @@ def load_data(plan, flags):
     if isinstance(images, dataset.ImageFiles):
         if plan.workdir.resolve().is_relative_to(images.path.resolve()):
             raise UserError(f"--workdir {plan.workdir} lies in --data_path: its pictures would be data; choose another")
-        for line in images.conversions():
+        for line in images.conversions() if dist_util.rank() == 0 else ():
             misc.log(line)
     return config.replace("data", class_names=names, class_counts=counts), images, fingerprint
 
