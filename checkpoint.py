@@ -59,7 +59,7 @@ def build_model(config):
         raise UserError(f"--model_channels {config.network.model_channels} does not suit the network: {error}") from error
     if size > 2e10:
         raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
-    return network.Denoiser(make(), sigma_data, M)
+    return network.Denoiser(make(), sigma_data, M, config.speed.precision)
 
 
 def checkpoints(workdir):

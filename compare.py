@@ -111,7 +111,7 @@ def draw_curves(rows, run):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__, source="the checkpoint's")
+    run, flags = defaults.parse(Run, ["data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's")
     defaults.required(run, "denoiser", "characteristic")
     if not run.num_steps or not 1 <= min(run.num_steps) <= max(run.num_steps) <= 4096:
         raise UserError("--num_steps takes numbers from 1 to 4096")

@@ -168,7 +168,28 @@ class Sampling:
     eval_bsz: int = setting(256, "images per rank and batch", (1, 2**20))
 
 
-SECTIONS = {"task": Task, "data": Data, "network": Network, "train": Train, "distil": Distil, "sampling": Sampling}
+@dataclass(frozen=True)
+class Speed:
+    """speed"""
+
+    precision: str = setting(
+        "fp32",
+        "of the network alone, all else is float32; fp32: strict; tf32: the matrix units of a GPU; bf16: autocast to bfloat16 "
+        "(train.py's default: bf16 on processors that have it, else fp32; elsewhere fp32)",
+        choices=("fp32", "tf32", "bf16"),
+    )
+    compile: bool = setting(False, "compile the network (one to two minutes, then faster); needs a C++ compiler")
+
+
+SECTIONS = {
+    "task": Task,
+    "data": Data,
+    "network": Network,
+    "train": Train,
+    "distil": Distil,
+    "sampling": Sampling,
+    "speed": Speed,
+}
 
 
 @dataclass(frozen=True)
@@ -181,6 +202,7 @@ class Config:
     train: Train = Train()
     distil: Distil = Distil()
     sampling: Sampling = Sampling()
+    speed: Speed = Speed()
 
     def replace(self, section, **values):
         """The same with other values in one section."""

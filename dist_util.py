@@ -261,6 +261,9 @@ def _run(main):
             advice = "lower --bsz (training), --eval_bsz (sampling), --bank_size or the size of the network"
             say(f"error: out of memory on rank {rank()}: {advice} ({text})")
             return 2
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            say(f"error: --compile failed: install a C++ compiler and Python's headers, or leave it out ({text[:300]})")
+            return 2
         if not several or not is_loss_of_a_rank(error):
             raise
         say(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text})")

@@ -30,7 +30,7 @@ class Run:
     end_seed: int = setting(49999, "last seed, included")
 
 
-NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout")  # to the images, but for rounding
+NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout", "compile")  # to the images, but for rounding
 
 
 def prepare(workdir, trained, run):
@@ -49,7 +49,7 @@ def prepare(workdir, trained, run):
             different += ["start_seed"] if found["start_seed"] != record["start_seed"] else []
             different += [f"seeds up to end_seed {found['end_seed']}"] if found["end_seed"] > record["end_seed"] else []
             for section, settings in record["config"].items():
-                theirs = found["config"][section]
+                theirs = found["config"].get(section, {})
                 different += [k for k in settings if k not in NO_MATTER and theirs.get(k, settings[k]) != settings[k]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
@@ -87,7 +87,9 @@ def lacking(workdir, batches):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__, source="the checkpoint's")
+    run, flags = defaults.parse(
+        Run, ["task", "data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's"
+    )
     defaults.required(run, "checkpoint", "workdir")
     generator.check_seeds(run.start_seed, run.end_seed)
     with dist_util.session() as device:

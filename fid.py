@@ -582,7 +582,7 @@ def check(run, flags):
 
 def main():
     run, flags = defaults.parse(
-        Run, ["data", "network", "sampling"], description=__doc__, source="the checkpoint's, or by preset"
+        Run, ["data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's, or by preset"
     )
     metrics = check(run, flags)
     needs_features = bool({"kid", "pr"} & set(metrics))

@@ -71,7 +71,7 @@ def load_model(path, flags=(), device="cpu"):
     A checkpoint without configuration, as others publish, takes everything from flags and presets.  UserError where flags,
     weights and configuration disagree.
     """
-    content, flags = checkpoint.read(path), dict(flags)
+    content, flags = checkpoint.read(path), {"precision": "fp32", "compile": False, **dict(flags)}  # not as it was trained
     two_times = any(".affine_s." in str(k) for k in content["ema"])
     if "config" in content:
         config = checkpoint.override(defaults.from_dict(content["config"]), flags, path)
@@ -91,6 +91,8 @@ def load_model(path, flags=(), device="cpu"):
         mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
     checkpoint.check_mean(mean, config, path)
     model = model.eval().requires_grad_(False).to(device)
+    if config.speed.compile:
+        model.net.compile(dynamic=False)
     return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
 
 

@@ -263,21 +263,38 @@ class Denoiser(nn.Module):
     net          a UNet (its state dict is what checkpoints hold)
     sigma_data   standard deviation of the data the preconditioning assumes
     M            factor between t in [0, 1] and the network's unit of time
+    precision    of the network: "fp32", "tf32" or "bf16"; what surrounds it is computed in the dtype of x
     """
 
-    def __init__(self, net, sigma_data=1.0, M=999.0):
+    def __init__(self, net, sigma_data=1.0, M=999.0, precision="fp32"):
         super().__init__()
-        self.net, self.sigma_data, self.M = net, sigma_data, M
+        self.net, self.sigma_data, self.M, self.precision = net, sigma_data, M, precision
+
+    def at(self, precision):
+        """The same network in another precision."""
+        return Denoiser(self.net, self.sigma_data, self.M, precision)
 
     def forward(self, x, t, s=None, label=None):
         """x (B, C, H, W), t and s (B,) in [0, 1], label numbers (B,) or one-hot (B, label_dim) -> (B, C, H, W)."""
         c_in, c_skip, c_out = (sde.like(c, x) for c in sde.preconditioning(t, self.sigma_data))
         times = [self.M * t] if s is None else [self.M * t, self.M * s]
-        return c_skip * x + c_out * self.net(c_in * x, *times, label=label)
+        # Not restored afterwards: the backward pass looks at them too.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out = self.net(c_in * x, *times, label=label)
+        return c_skip * x + c_out * out.to(x.dtype)
 
     def flow_map(self, x, t, s, label=None):
         """G(x, t, s), the solution at s of the teacher's ODE from x at t (two-time networks only); shapes as above."""
         return sde.transport(x, self(x, t, s, label), t, s)
+
+
+def fastest_precision(device):
+    """bf16 where the device computes in it, measured in docs/speed.md; else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
 def start_from_teacher(student, teacher):

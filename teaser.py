@@ -32,7 +32,9 @@ class Run:
 
 
 def main():
-    run, flags = defaults.parse(Run, ["task", "data", "network", "sampling"], description=__doc__, source="the checkpoint's")
+    run, flags = defaults.parse(
+        Run, ["task", "data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's"
+    )
     defaults.required(run, "checkpoint")
     if not 1 <= run.nsampling <= 2**16:
         raise UserError(f"--nsampling is {run.nsampling}: it must be from 1 to {2**16}")

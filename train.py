@@ -494,7 +494,7 @@ class Training:
         """The grid of samples and the score that follow the last step, if they are due and not there."""
         state, config = self.state, self.config
         done, new = state.step, state.step > self.start
-        trained = generator.Trained(state.ema.module, config, state.mean, done, "")
+        trained = generator.Trained(state.ema.module.at("fp32"), config, state.mean, done, "")  # as eval.py does by default
         if self.due(config.train.sampling_freq):
             missing = new or not (self.folder / "samples" / f"{done:06d}.png").exists()
             dist_util.on_first_rank(lambda: missing and draw_samples(self.folder, trained, done))
@@ -546,17 +546,20 @@ def make_state(plan, config, images, fingerprint, device):
     torch.manual_seed(config.train.seed)
     model = checkpoint.build_model(config).to(device).train()
     if teacher:
-        teacher.mean = mean
+        teacher.mean, teacher.model = mean, teacher.model.at(config.speed.precision)
         network.start_from_teacher(model.net, teacher.model.net)
     state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file)
     if plan.saved:
         state.restore(plan.saved)
         misc.log(f"continuing {plan.saved.path} at step {plan.start} of {config.train.train_steps}")
+    if config.speed.compile:  # in place, after the average was copied from it
+        for net in (model.net, *([teacher.model.net] if teacher else [])):
+            net.compile(dynamic=False)
     return state
 
 
 def main():
-    run, flags = defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling"], description=__doc__)
+    run, flags = defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling", "speed"], description=__doc__)
     with dist_util.session() as device:
         Training(run, flags, device).run()
 

@@ -24,6 +24,7 @@ import checkpoint
 import defaults
 import generator
 import misc
+import network
 
 # What may change when the same run continues; docs/reliability.md says what bsz and train_steps do to it.
 FREE = ("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz")
@@ -73,7 +74,7 @@ def make_plan(run, flags, device):
     teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
     if not saved:
         inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0} if teacher else {}
-        config = defaults.resolve({**inherited, **flags})
+        config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
     if saved and (saved.step > config.train.train_steps or saved.step == config.train.train_steps and not held):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
     origin = held.origin if held else None

@@ -258,7 +258,7 @@ def test_presets_of_mnist_and_cifar_are_the_reference_recipe():
 def parsed(*argv):
     from train import Run
 
-    return defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling"], list(argv))[1]
+    return defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling", "speed"], list(argv))[1]
 
 
 def test_flags_win_over_presets_and_presets_over_defaults():
