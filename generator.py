@@ -141,7 +141,7 @@ def trajectory(config, model, x, noise, label=None):
     elif sampling.sde:
         step = lambda x, t, s: sde.ancestral_step(denoise, noise, x, t, s)  # noqa: E731
     else:
-        step = lambda x, t, s: sde.SOLVERS[sampling.ode_solver](denoise, x, t, s)  # noqa: E731
+        step = sde.solver(sampling.ode_solver, denoise)
     ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
     return sde.sample(step, x, ts, churn if sampling.churn else None)
 

@@ -100,10 +100,11 @@ class Distillation(Objective):
         train, distil = self.config.train, self.config.distil
         ts = sde.grid(distil.grid_steps, 1 - train.train_eps1, train.train_eps0, distil.grid_rho)
         self.ts = ts.to(self.teacher.mean.device)
-        self.solver, self.ratio = sde.SOLVERS[distil.teacher_solver], None
+        self.ratio = None
 
     def teacher_step(self, label):
-        return lambda x, t, s: self.solver(lambda y, r: self.teacher.model(y, r, label=label), x, t, s)
+        """The step(x, t, s) of the teacher's ODE along one trajectory."""
+        return sde.solver(self.config.distil.teacher_solver, lambda x, t: self.teacher.model(x, t, label=label))
 
     def combine(self, distance, denoising, place):
         """The scalar to differentiate, from two scalars; `denoising` is None where there is no stage-1 loss."""

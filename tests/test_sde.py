@@ -164,12 +164,11 @@ def solver_error(name, n, target):
     z = noise(6, 3, seed=3)
     ts = sde.grid(n, 1.0, 1e-3, rho=2)
     one = torch.ones(6, dtype=torch.float64)
-    step = lambda x, t, s: sde.SOLVERS[name](target.denoise, x, t, s)
-    end = last(sde.sample(step, z, ts[:-1]))  # to t_min: the last step has an order of its own
+    end = last(sde.sample(sde.solver(name, target.denoise), z, ts[:-1]))  # to t_min: the last step has an order of its own
     return (end - target.flow_map(z, one, one * 1e-3)).abs().max().item()
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("deis", 1)])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("deis", 1), ("dpm", 2)])
 def test_solvers_converge_at_their_order(name, order):
     target = Gaussian(torch.tensor([0.7, -0.2, 0.1], dtype=torch.float64), 0.5)
     errors = [solver_error(name, n, target) for n in (41, 81, 161)]
@@ -177,16 +176,17 @@ def test_solvers_converge_at_their_order(name, order):
     assert observed == pytest.approx([order, order], abs=0.15), (errors, observed)
 
 
-def test_deis_is_exact_on_a_point_mass():
+@pytest.mark.parametrize("name", ["deis", "dpm"])
+def test_exponential_solvers_are_exact_on_a_point_mass(name):
     point, z = noise(1, 3), noise(5, 3, seed=1)
-    step = lambda x, t, s: sde.deis_step(lambda x, t: point.expand_as(x), x, t, s)
+    step = sde.solver(name, lambda x, t: point.expand_as(x))
     states = list(sde.sample(step, z, sde.grid(3, 1.0, 0.1)))
     for x, t in zip(states, (1.0, 0.55, 0.1, 0.0)):
         torch.testing.assert_close(x, sde.interpolate(point.expand(5, 3), z, torch.tensor(t, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "calls"), [("euler", 4, 4), ("deis", 4, 4), ("heun", 4, 6), ("heun", 20, 38), ("heun", 1, 1)]
+    ("name", "n", "calls"), [("euler", 4, 4), ("deis", 4, 4), ("dpm", 4, 4), ("heun", 4, 6), ("heun", 20, 38), ("heun", 1, 1)]
 )
 def test_number_of_network_calls(name, n, calls, gaussian):
     count = []
@@ -196,16 +196,14 @@ def test_number_of_network_calls(name, n, calls, gaussian):
         count.append(t)
         return gaussian.denoise(x, t)
 
-    step = lambda x, t, s: sde.SOLVERS[name](denoise, x, t, s)
-    last(sde.sample(step, noise(2, 3), sde.grid(n, 0.999, 1e-3)))
+    last(sde.sample(sde.solver(name, denoise), noise(2, 3), sde.grid(n, 0.999, 1e-3)))
     assert len(count) == calls
 
 
 @pytest.mark.parametrize("name", list(sde.SOLVERS))
 def test_one_step_lands_on_data_not_at_t_min(name, gaussian):
     z = noise(4, 3)
-    step = lambda x, t, s: sde.SOLVERS[name](gaussian.denoise, x, t, s)
-    end = last(sde.sample(step, z, sde.grid(1, 0.999, 1e-3)))
+    end = last(sde.sample(sde.solver(name, gaussian.denoise), z, sde.grid(1, 0.999, 1e-3)))
     t = times(0.999).expand(4)
     expected = z - 0.999 * sde.velocity(z, gaussian.denoise(z, t), t) if name == "euler" else gaussian.denoise(z, t)
     torch.testing.assert_close(end, expected)
@@ -261,11 +259,34 @@ def test_heun_mixes_images_at_data_and_before_it(gaussian):
 
 def test_steps_broadcast_times_over_images():
     x, t, s = noise(2, 3, 4, 4), times(0.9, 0.2), times(0.5, 0.1)
-    for solver in sde.SOLVERS.values():
-        out = solver(lambda x, t: x * sde.like(t, x), x, t, s)
+    for name in sde.SOLVERS:
+        step = lambda: sde.solver(name, lambda x, t: x * sde.like(t, x))
+        out = step()(x, t, s)
         for i in range(2):
-            one = solver(lambda x, t: x * sde.like(t, x), x[i : i + 1], t[i : i + 1], s[i : i + 1])
-            torch.testing.assert_close(out[i : i + 1], one)
+            torch.testing.assert_close(out[i : i + 1], step()(x[i : i + 1], t[i : i + 1], s[i : i + 1]))
+
+
+def test_dpm_extrapolates_the_denoiser_linearly_in_log_snr():
+    """Its rule as DESIGN has it, by hand: d + h/(2 h') (d - d') where h <= 2 h', d alone elsewhere and after churn."""
+    log_snr = lambda t: math.log((1 - t) / math.sqrt(t * (2 - t)))
+    denoise = lambda x, t: sde.like(t, x).expand_as(x)
+    x, grid = noise(2, 3), [0.9, 0.6, 0.4, 0.01, 0.0]
+    step, before = sde.solver("dpm", denoise), None
+    for t, s in zip(grid, grid[1:]):
+        extra = 0.0
+        if before is not None and s > 0:
+            ratio = (log_snr(s) - log_snr(t)) / (log_snr(t) - log_snr(before))
+            extra = ratio / 2 * (t - before) if ratio <= 2 else 0.0
+        assert (extra != 0) == (t == 0.6)  # 0.4 -> 0.01 is a long step, then comes data
+        expected = sde.transport(x, torch.full_like(x, t + extra), *times(t, s))
+        ended = step(x, times(t, t), times(s, s))
+        torch.testing.assert_close(ended, expected)
+        x, before = ended, t
+
+    step = sde.solver("dpm", denoise)
+    step(x, times(0.6, 0.6), times(0.4, 0.4))
+    churned = step(x, times(0.5, 0.5), times(0.3, 0.3))  # from 0.4 back to 0.5
+    torch.testing.assert_close(churned, sde.deis_step(denoise, x, times(0.5, 0.5), times(0.3, 0.3)))
 
 
 # ------------------------------------------------------------------------------------------------------ randomness
