@@ -10,7 +10,6 @@ from dist_util import Stopped, UserError
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -75,8 +74,8 @@ class Objective:
     def __init__(self, model, config, teacher=None, distance=None, ema=None):
         self.model, self.config, self.teacher, self.distance, self.ema = model, config, teacher, distance, ema
 
-    def begin(self, step):
-        """Called once, when the run is sure to begin, with the number of steps that are done already."""
+    def begin(self, step, folder=None):
+        """Called once, when the run is sure to begin, with the number of steps that are done already and its workdir."""
 
     def start_step(self, step):
         """Called before each optimizer step."""
@@ -136,7 +135,7 @@ class Distillation(Objective):
 
 
 class Trajectory(Distillation):
-    """The paper's regression on the teacher's solutions, which are kept in a bank on the device.
+    """The paper's regression on the teacher's solutions, which are kept in a bank: see workdir.Bank.
 
     The bank is a ring of batches of global_bsz solutions, of which each rank holds its share.  A share is a function of
     (seed, rank, number of the batch) alone, and which batches the bank holds at a step is a function of the step.
@@ -144,17 +143,21 @@ class Trajectory(Distillation):
 
     def __init__(self, *args):
         super().__init__(*args)
-        distil, train, shape = self.config.distil, self.config.train, self.teacher.mean.shape
-        K = distil.grid_steps
+        distil, train, device = self.config.distil, self.config.train, self.ts.device
         self.share = train.global_bsz // dist_util.world_size()
         self.slots = math.ceil(distil.bank_size / train.global_bsz)
-        dtype, device = getattr(torch, distil.bank_dtype), self.ts.device
-        check_memory((K + 1) * self.slots * self.share * math.prod(shape) * dtype.itemsize, device)
-        self.bank = torch.empty(K + 1, self.slots * self.share, *shape, dtype=dtype, device=device)
-        self.labels = torch.zeros(self.slots * self.share, dtype=torch.long, device=device)
-        self.pairs = sde.pair_probabilities(K, distil.one_step_share, distil.to_data_share).flatten().to(device)
+        self.labels = torch.zeros(self.slots, self.share, dtype=torch.long, device=device)
+        self.pairs = sde.pair_probabilities(distil.grid_steps, distil.one_step_share, distil.to_data_share).flatten().to(device)
 
-    def begin(self, step):
+    def begin(self, step, folder=None):
+        distil, shape = self.config.distil, (len(self.ts), self.share, *self.teacher.mean.shape)
+        about = {"ranks": dist_util.world_size(), "device": self.ts.device.type, "torch": torch.__version__}
+        about |= {name: value for name, value in defaults.to_dict(self.config).items() if name in ("data", "network", "speed")}
+        about |= {name: getattr(self.config.train, name) for name in ("seed", "global_bsz", "bsz", "train_eps0", "train_eps1")}
+        about |= {name: getattr(distil, name) for name in ("teacher_solver", "grid_steps", "grid_rho", "bank_dtype")}
+        about |= {"teacher": misc.file_hash(self.teacher.path)} if folder else {}
+        form = (self.slots, shape, getattr(torch, distil.bank_dtype), self.ts.device)
+        self.bank = dist_util.agree(lambda: workdir.Bank(folder, about, *form))
         self.first = self.replaced(step)
         with misc.progress(self.slots * self.share, "teacher's solutions") as bar:
             for number in range(self.first, self.first + self.slots):
@@ -173,23 +176,22 @@ class Trajectory(Distillation):
 
     @torch.no_grad()
     def fill(self, number, bar=None):
-        """Put this rank's share of a batch into its place in the ring."""
+        """Put this rank's share of a batch into its place in the ring, if it is not there."""
         train, label_dim, device = self.config.train, self.config.network.label_dim, self.ts.device
         seed = misc.derive_seed(train.seed, "bank", dist_util.rank(), number)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator, slot = torch.Generator(device).manual_seed(seed), number % self.slots
         z = torch.randn((self.share, *self.teacher.mean.shape), generator=generator, device=device)
-        first = number % self.slots * self.share
         if label_dim:
-            labels = torch.randint(label_dim, (self.share,), generator=generator, device=device)
-            self.labels[first : first + self.share] = labels
-        for start in range(0, self.share, train.bsz):
-            x = sde.start(z[start : start + train.bsz], self.teacher.mean, train.train_eps1)
-            place = slice(first + start, first + start + len(x))
-            step = self.teacher_step(dataset.one_hot(self.labels[place], label_dim))
-            for k, state in enumerate(sde.sample(step, x, self.ts)):
-                self.bank[k, place] = state.to(self.bank.dtype)
-            if bar:
-                bar.update(len(x))
+            self.labels[slot] = torch.randint(label_dim, (self.share,), generator=generator, device=device)
+        if not self.bank.holds(slot, number):
+            with self.bank.writing(slot, number) as states:
+                for part in torch.arange(self.share).split(4 * train.bsz):  # without a graph, four times as many fit
+                    step = self.teacher_step(dataset.one_hot(self.labels[slot, part], label_dim))
+                    x = sde.start(z[part], self.teacher.mean, train.train_eps1)
+                    for k, state in enumerate(sde.sample(step, x, self.ts)):
+                        states[k, part] = state.to(states.dtype)
+        if bar:
+            bar.update(self.share)
 
     def __call__(self, x0, label, generator, place=0):
         train, distil, network = self.config.train, self.config.distil, self.config.network
@@ -199,12 +201,13 @@ class Trajectory(Distillation):
         K = len(self.ts) - 1
         pair = torch.multinomial(self.pairs, n, replacement=True, generator=generator)
         k, l = pair // (K + 1), pair % (K + 1)
-        which = torch.randint(self.bank.shape[1], (n,), generator=generator, device=k.device)
-        states = self.bank[torch.stack([k, l]), which].to(x0.dtype)
+        which = torch.randint(self.labels.numel(), (n,), generator=generator, device=k.device)
+        slot, which = which // self.share, which % self.share
+        states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
         t, z = training_times(n_dsm, train, generator), normal(x0, generator)
         if label is not None:
-            label = torch.cat([dataset.one_hot(self.labels[which], network.label_dim), label[:n_dsm]])
+            label = torch.cat([dataset.one_hot(self.labels[slot, which], network.label_dim), label[:n_dsm]])
         denoise = lambda x, t, s: self.model(x, t, s, label)  # noqa: E731
         on_data = distil.loss_norm == "lpips"
         distances, dsm = sde.trajectory_losses(
@@ -248,18 +251,6 @@ class Semigroup(Distillation):
 
 
 OBJECTIVES = {"trajectory": Trajectory, "semigroup": Semigroup}  # of stage 2
-
-
-def check_memory(size, device):
-    """UserError if the memory of the machine, or of its GPU, cannot hold a bank of so many bytes for each rank."""
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist_util.world_size() > 1 else 1
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
-    if size > there:
-        gib, advice = 2**30, "lower --bank_size, or take --bank_dtype float16"
-        raise UserError(f"the bank of stage 2 takes {size / gib:.1f} GiB on each rank, which has {there / gib:.1f}: {advice}")
 
 
 def make_distance(run, config, device):
@@ -387,7 +378,7 @@ class Training:
         self.asked, self.owed = None, False  # a signal to stop, and a checkpoint: both wait for a step that is not skipped
         self.shown, self.generator = {}, torch.Generator(device)
         if plan.start < config.train.train_steps:
-            self.objective.begin(plan.start)
+            self.objective.begin(plan.start, plan.workdir)
         self.data = dataset.batches(images, config.data, config.train, plan.start)
 
     def run(self):
@@ -410,6 +401,7 @@ class Training:
                 self.draw_and_score()
             self.save()
         if dist_util.rank() == 0:
+            workdir.remove_banks(self.folder)
             print(self.folder / f"DDPMpp-{train.train_steps:06d}.pth", flush=True)
             with misc.not_fatal("loss.png"):
                 workdir.draw_curves(self.folder)

@@ -4,6 +4,7 @@
 {workdir}/config.json                       the configuration, for people
 {workdir}/metrics.jsonl, loss.png           a line every log_freq steps, and what it looks like
 {workdir}/samples/{step}.png                grids of images
+{workdir}/bank-{rank}.bin, .json            stage 2's bank, while the run is under way
 {workdir}/.lock                             held by the run that writes here; names the jobs of torchrun that did
 """
 
@@ -13,12 +14,16 @@ from dist_util import LoneError, UserError
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
-from contextlib import suppress
+import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 import checkpoint
 import defaults
@@ -77,6 +82,7 @@ def make_plan(run, flags, device):
         config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
     if saved and (saved.step > config.train.train_steps or saved.step == config.train.train_steps and not held):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
+    check_room(config, workdir)
     origin = held.origin if held else None
     if named and not held:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
@@ -182,6 +188,24 @@ def find_teacher(run, flags, mode, saved, device):
     return teacher, {"path": os.path.abspath(path), "sha256": digest}
 
 
+def bank_bytes(config):
+    """What the bank of stage 2 takes, over all ranks."""
+    distil, data = config.distil, config.data
+    states = math.ceil(distil.bank_size / config.train.global_bsz) * config.train.global_bsz * (distil.grid_steps + 1)
+    values = states * data.image_channels * data.image_size**2
+    return values * getattr(torch, distil.bank_dtype).itemsize
+
+
+def check_room(config, workdir):
+    """UserError unless the disk of the workdir has room for the bank, if there is to be one."""
+    if config.task.mode == "characteristic" and config.distil.objective == "trajectory":
+        place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+        room = shutil.disk_usage(place).free + sum(path.stat().st_size for path in workdir.glob("bank-*.bin"))
+        if bank_bytes(config) > room:
+            held = f"holds {bank_bytes(config) / 2**30:.1f} GiB, and {place} has room for {room / 2**30:.1f}"
+            raise UserError(f"the bank of stage 2 {held}: free some, lower --bank_size, or take --bank_dtype float16")
+
+
 def check_data(images, plan):
     """The fingerprint of the data; UserError if it is not that of the run that continues."""
     found, saved = images.fingerprint(), plan.saved
@@ -255,6 +279,7 @@ def prepare(plan, config, remove, keep):
             names = ("latest.pth", "metrics.jsonl", "loss.png")
             for path in (*checkpoint.checkpoints(folder), *(folder / name for name in names)):
                 path.unlink(missing_ok=True)
+            remove_banks(folder)
             shutil.rmtree(folder / "samples", ignore_errors=True)
         handle.seek(0)  # to open the file again and close it would give up the lock
         job = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -269,6 +294,67 @@ def prepare(plan, config, remove, keep):
     with misc.atomic(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in before))
     return handle
+
+
+class Bank:
+    """Batches of the teacher's solutions: `states` (slots, *shape), each slot with the batch of a number.
+
+    A run keeps them in {folder}/bank-{rank}.bin, which is the memory of `states` on a CPU and mirrors it on a GPU.  Beside it,
+    .json says which batch each slot holds, its CRC-32, and what the batches were made from, `about`: a run that continues
+    computes again what it lacks.  Without a folder they are in memory alone.  UserError if the disk has no room, LoneError later.
+    """
+
+    def __init__(self, folder, about, slots, shape, dtype, device):
+        self.about, self.held, size = about, {}, slots * math.prod(shape)
+        self.record = folder and folder / f"bank-{dist_util.rank()}.json"
+        if folder:
+            path, nbytes = self.record.with_suffix(".bin"), size * dtype.itemsize
+            try:
+                with open(path, "ab") as file:
+                    file.truncate(nbytes)
+                    if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash when it is written to
+                        os.posix_fallocate(file.fileno(), 0, nbytes)
+                kept = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+            except (OSError, RuntimeError) as error:
+                path.unlink(missing_ok=True)
+                what, why = f"the bank of {nbytes / 2**30:.1f} GiB", getattr(error, "strerror", error)
+                raise UserError(f"cannot keep {what} in {folder}: {why}; free some space, or lower --bank_size") from error
+            with suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged: all is computed again
+                found = json.loads(self.record.read_text())
+                self.held = dict(found["held"]) if found["about"] == json.loads(json.dumps(about)) else {}
+        else:
+            kept = torch.empty(size, dtype=dtype)
+        self.kept = kept.view(slots, *shape)
+        self.states = self.kept if device.type == "cpu" else torch.empty_like(self.kept, device=device)
+
+    def holds(self, slot, number):
+        """Whether a slot holds this batch, as it was written."""
+        if self.held.get(str(slot), [None])[0] != number or self.held[str(slot)][1] != zlib.crc32(self.kept[slot].numpy()):
+            return False
+        self.states[slot] = self.kept[slot]
+        return True
+
+    @contextmanager
+    def writing(self, slot, number):
+        """Gives the slot, (*shape), to write the batch to."""
+        if self.held.pop(str(slot), None):
+            self.note()
+        yield self.states[slot]
+        if self.record:
+            self.kept[slot] = self.states[slot]
+            self.held[str(slot)] = [number, zlib.crc32(self.kept[slot].numpy())]
+            self.note()
+
+    def note(self):
+        try:
+            misc.write_json(self.record, {"about": self.about, "held": self.held})
+        except UserError as error:
+            raise LoneError(str(error)) from error
+
+
+def remove_banks(folder):
+    for path in folder.glob("bank-*"):
+        path.unlink(missing_ok=True)
 
 
 def read_metrics(workdir):

@@ -28,11 +28,11 @@ def student_of(teacher, **flags):
     return student.train(), config
 
 
-def objective_of(teacher, student, config, start=0):
+def objective_of(teacher, student, config, start=0, folder=None):
     """The objective of a configuration, ready for the steps from `start` on."""
     ema = checkpoint.EMA(student, 0.9).module
     objective = train.OBJECTIVES[config.distil.objective](student, config, teacher, sde.huber, ema)
-    objective.begin(start)
+    objective.begin(start, folder)
     return objective
 
 
@@ -115,12 +115,17 @@ def test_ranks_rounds_and_steps_draw_different_noise_and_the_same_again(monkeypa
 # ----------------------------------------------------------------------------------------------------------- objectives
 
 
+def solutions(objective):
+    """All states of the bank, (K + 1, N, C, H, W)."""
+    return objective.bank.states.transpose(0, 1).flatten(1, 2)
+
+
 def test_bank_holds_the_teachers_solutions_and_is_refreshed():
     teacher = tiny_teacher()
     student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2)
     objective = objective_of(teacher, student, config)
     step = objective.teacher_step(None)
-    bank, ts = objective.bank.clone(), objective.ts
+    bank, ts = solutions(objective).clone(), objective.ts
     assert bank.shape == (5, 16, 1, 8, 8)
     for k in range(4):
         expected = step(bank[k], ts[k].expand(16), ts[k + 1].expand(16))
@@ -128,10 +133,46 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
     changed = []
     for n in range(1, 5):
         objective.start_step(n)
-        changed.append([bool((objective.bank[:, h] != bank[:, h]).any()) for h in (slice(0, 8), slice(8, 16))])
+        changed.append([bool((solutions(objective)[:, h] != bank[:, h]).any()) for h in (slice(0, 8), slice(8, 16))])
     assert changed == [[False, False], [True, False], [True, False], [True, True]]
     later = objective_of(teacher, student, config, start=4)  # what a run that continues at 4 sees
-    assert torch.equal(later.bank, objective.bank)
+    assert torch.equal(solutions(later), solutions(objective))
+
+
+def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
+    """The bank's batches are read from the workdir, unless they are damaged, or were made from something else."""
+    teacher, solved = tiny_teacher(), []
+    teacher.path = tmp_path / "teacher.pth"
+    teacher.path.write_bytes(b"a teacher")
+    real = sde.sample
+    monkeypatch.setattr(sde, "sample", lambda *arguments: solved.append(1) or real(*arguments))
+
+    def begun(start, folder=tmp_path, **flags):
+        student, config = student_of(teacher, bank_size=24, bank_refresh_freq=2, **flags)
+        objective = objective_of(teacher, student, config, start, folder)
+        made = len(solved)
+        solved.clear()
+        return objective, made
+
+    first, made = begun(0)
+    assert made == 3
+    for step in range(1, 5):
+        first.start_step(step)
+    solved.clear()
+    again, made = begun(4)
+    assert made == 0 and torch.equal(solutions(again), solutions(first))
+    back, made = begun(3)  # killed after its last checkpoint: of one batch the place was taken
+    assert made == 1 and torch.equal(solutions(back), solutions(begun(3, None)[0]))
+    assert begun(3, grid_steps=3)[1] == 3 and begun(3)[1] == 3  # another grid
+    with open(tmp_path / "bank-0.bin", "r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    damaged, made = begun(3)
+    assert made == 1 and torch.equal(solutions(damaged), solutions(back))
+    (tmp_path / "bank-0.json").write_text("{")
+    assert begun(3)[1] == 3
+    teacher.path.write_bytes(b"another teacher")
+    assert begun(3)[1] == 3
 
 
 @pytest.mark.parametrize("objective", ["trajectory", "semigroup"])
@@ -180,12 +221,12 @@ def test_the_bank_is_shared_by_the_ranks(monkeypatch, world):
     for rank in range(world):
         pretend_ranks(monkeypatch, rank, world)
         objective = objective_of(teacher, student, config)
-        assert objective.bank.shape == (5, 16 // world, 1, 8, 8)
-        before = objective.bank[0].clone()
+        assert solutions(objective).shape == (5, 16 // world, 1, 8, 8)
+        before = solutions(objective)[0].clone()
         objective.start_step(2)
-        changed = (objective.bank[0] != before).flatten(1).any(1)
+        changed = (solutions(objective)[0] != before).flatten(1).any(1)
         assert changed.sum() == 8 // world  # one batch of all ranks together
-        shares.append(objective.bank[0])
+        shares.append(solutions(objective)[0])
     assert len({x.numpy().tobytes() for x in torch.cat(shares)}) == 16
 
 
