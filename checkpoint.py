@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import defaults
 import misc
@@ -60,6 +61,20 @@ def build_model(config):
     if size > 2e10:
         raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
     return network.Denoiser(make(), sigma_data, M, config.speed.precision)
+
+
+def flops(config):
+    """Floating-point operations of the network's forward and backward pass for one image, as torch counts them."""
+    data, network = config.data, config.network
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # no memory, no time
+        net, x, t = (
+            build_model(config).net,
+            torch.empty(1, data.image_channels, data.image_size, data.image_size),
+            torch.empty(1),
+        )
+        times = [t, t] if config.task.mode == "characteristic" else [t]
+        net(x, *times, label=torch.empty(1, network.label_dim) if network.label_dim else None).sum().backward()
+    return counter.get_total_flops()
 
 
 def checkpoints(workdir):

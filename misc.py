@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import sys
 import tempfile
 import urllib.request
@@ -103,6 +104,11 @@ def file_hash(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def derive_seed(*parts):

@@ -8,6 +8,7 @@ torchrun --standalone --nproc_per_node=4 train.py --data_name cifar --mode denoi
 import dist_util
 from dist_util import Stopped, UserError
 
+import datetime
 import json
 import math
 import time
@@ -37,6 +38,7 @@ class Run(fid.InceptionFile):
     resume: str | None = file("checkpoint that a run in a new --workdir begins from")
     fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
     force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
+    dry_run: bool = setting(False, "say how large the run would be and how long it would take, and leave")
     keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
     ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
     lpips_weights: str | None = file(f"LPIPS's channel weights; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out")
@@ -312,6 +314,40 @@ def seed_round(generator, seed, step, r):
 # --------------------------------------------------------------------------------------------- seen while it trains
 
 
+@dataclass
+class Meter:
+    """Speed of the steps since it was made, on this rank."""
+
+    images: int  # of a step, over all ranks
+    flops: float  # of the network for an image; what stage 2's teacher computes is not counted
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # of these, for data
+
+    def line(self, device):
+        """What metrics.jsonl holds of it; the peak memory is that of the GPU, else of the process."""
+        rate = self.steps * self.images / self.seconds
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else misc.peak_memory()
+        return {
+            "images_per_s": round(rate, 1),
+            "data_share": round(self.waited / self.seconds, 4),
+            "gflops_per_s": round(rate * self.flops / 1e9, 1),
+            "memory_gb": round(peak / 1e9, 2),
+        }
+
+
+def timed(function):
+    """Seconds that a call takes: the median of three, after one that is not counted."""
+    taken = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    return sorted(taken[1:])[1]
+
+
 class Score:
     """Fréchet distance of --fid_num images to the statistics --ref_path, in their feature space; all ranks take part."""
 
@@ -343,7 +379,7 @@ SKIPPED_IN_A_ROW = 20  # steps without finite gradients after which a run gives 
 
 
 class Training:
-    """A run that is ready to begin: all that may refuse has been asked.  run() is the loop."""
+    """A run: what may refuse does so when it is made, then begin() takes its folder, and run() is the loop."""
 
     def __init__(self, run, flags, device):
         plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device))
@@ -360,6 +396,7 @@ class Training:
             shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
+        self.plan, self.images = plan, images
         self.state = make_state(plan, config, images, fingerprint, device)
         self.rounds = config.train.global_bsz // (config.train.bsz * dist_util.world_size())
         self.model = dist_util.parallel(self.state.model, static=plan.teacher is None and self.rounds == 1)
@@ -367,19 +404,23 @@ class Training:
         self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
         if plan.saved and plan.saved.ratio is not None:
             self.objective.ratio = torch.tensor(plan.saved.ratio, device=device)
-        remove = run.force and not plan.saved
-        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, config, remove, run.keep))
+        self.generator, self.flops = torch.Generator(device), checkpoint.flops(config)
 
+    def begin(self, remove):
+        """Take the folder for this run, and make the data and the objective ready; `remove` what an earlier run left there."""
+        plan, train = self.plan, self.config.train
+        remove = remove and not plan.saved
+        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, self.config, remove, self.keep))
         self.begun = time.perf_counter() - next((x["seconds"] for x in workdir.history(plan)[::-1] if "seconds" in x), 0)
-        self.steps = config.train.train_steps - (plan.origin["step"] if plan.origin else 0)  # of the run in this folder
+        self.steps = train.train_steps - (plan.origin["step"] if plan.origin else 0)  # of the run in this folder
         self.last_saved = plan.start if plan.in_place else None
         self.in_a_row = 0  # steps skipped since the last good one
-        self.counted, self.spent = 0, 0.0  # steps since the last line of metrics.jsonl, and their seconds
         self.asked, self.owed = None, False  # a signal to stop, and a checkpoint: both wait for a step that is not skipped
-        self.shown, self.generator = {}, torch.Generator(device)
-        if plan.start < config.train.train_steps:
+        self.shown = {}
+        self.lately, self.since_start = Meter(train.global_bsz, self.flops), Meter(train.global_bsz, self.flops)
+        if plan.start < train.train_steps:
             self.objective.begin(plan.start, plan.workdir)
-        self.data = dataset.batches(images, config.data, config.train, plan.start)
+        self.data = dataset.batches(self.images, self.config.data, train, plan.start)
 
     def run(self):
         """Train until train_steps; Stopped, after a checkpoint, when a signal asks for it."""
@@ -400,6 +441,9 @@ class Training:
                         raise Stopped(self.asked, "; the same command continues")
                 self.draw_and_score()
             self.save()
+        if self.since_start.steps:
+            speed = self.since_start.line(self.generator.device)
+            misc.log("  ".join(f"{name}={value}" for name, value in speed.items()))
         if dist_util.rank() == 0:
             workdir.remove_banks(self.folder)
             print(self.folder / f"DDPMpp-{train.train_steps:06d}.pth", flush=True)
@@ -428,13 +472,46 @@ class Training:
         state.step += 1
         if self.in_a_row == min(SKIPPED_IN_A_ROW, self.steps):
             self.give_up(f"no finite loss or gradient in {self.in_a_row} steps")
-        self.counted, self.spent = self.counted + 1, self.spent + time.perf_counter() - begun
+        for meter in (self.lately, self.since_start):
+            meter.steps, meter.seconds = meter.steps + 1, meter.seconds + time.perf_counter() - begun
         return True
+
+    def describe(self):
+        """Print how large the run would be and how long it would take: a few steps are timed, and nothing is kept."""
+        config, train, distil = self.config, self.config.train, self.config.distil
+        x = torch.zeros(train.bsz, *self.state.mean.shape, device=self.generator.device)
+        t = torch.full((len(x),), 0.5, device=x.device)
+        label = dataset.one_hot(torch.zeros_like(t, dtype=torch.long), config.network.label_dim)
+        model = self.state.model
+        both = timed(lambda: model(x, t, t if self.plan.teacher else None, label).square().mean().backward())
+        rounds, evaluations = (train.train_steps - self.start) * self.rounds, 0.0
+        lines = {"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million"}
+        lines["operations"] = f"{self.flops / 1e9:.2f} GFLOP an image, forward and backward"
+        if isinstance(self.objective, Trajectory):
+            lines["bank"] = f"{workdir.bank_bytes(config) / 1e9:.2f} GB in {self.folder}"
+            batches = self.objective.slots + self.objective.replaced(train.train_steps) - self.objective.replaced(self.start)
+            evaluations = batches * self.rounds * distil.grid_steps
+        elif self.plan.teacher:  # semigroup: both losses in one pass, and evaluations without gradients
+            lengths = self.objective.lengths
+            steps = float((lengths * torch.arange(1, 1 + len(lengths))).sum() / lengths.sum())  # of the teacher, in the mean
+            rounds, evaluations = 2 * rounds, rounds * (steps + 3)
+        seconds = rounds * both
+        if evaluations:
+            with torch.no_grad():
+                seconds += evaluations * timed(lambda: self.plan.teacher.model(x, t, label=label))
+        done = (train.train_steps - self.start) * train.global_bsz
+        lines["images"] = f"{done:,} in {train.train_steps - self.start:,} steps"
+        lines["time"] = f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}"
+        if dist_util.rank() == 0:
+            print("\n".join(f"{name:12}{value}" for name, value in lines.items()))
 
     def draw(self, r):
         """The objective's arguments for a round of the present step."""
         train, device = self.config.train, self.generator.device
+        begun = time.perf_counter()
         images, labels = next(self.data)
+        for meter in (self.lately, self.since_start):
+            meter.waited += time.perf_counter() - begun
         seed_round(self.generator, train.seed, self.state.step, r)
         x0 = dataset.to_model(images.to(device, non_blocking=True), self.config.data.centered)
         place = (r * dist_util.world_size() + dist_util.rank()) * train.bsz
@@ -460,13 +537,13 @@ class Training:
         if not self.due(train.log_freq):
             return
         line = {"step": state.step, **state.window.means(), "lr": learning_rate(state.step - 1, train)}
-        line |= {"images_per_s": round(self.counted * train.global_bsz / self.spent, 1)}
+        line |= self.lately.line(self.generator.device)
         line |= {"images_seen": state.step * train.global_bsz, "seconds": self.seconds()}
         if dist_util.rank() == 0:
             workdir.append_metrics(self.folder, line)
         if "loss" in line:
             self.shown["loss"] = f"{line['loss']:.4g}"
-        state.window, self.counted, self.spent = checkpoint.Window(self.generator.device), 0, 0.0
+        state.window, self.lately = checkpoint.Window(self.generator.device), Meter(train.global_bsz, self.flops)
 
     def seconds(self):
         """Wall-clock time of the run, without that between a stop and going on."""
@@ -554,7 +631,11 @@ def make_state(plan, config, images, fingerprint, device):
 def main():
     run, flags = defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling", "speed"], description=__doc__)
     with dist_util.session() as device:
-        Training(run, flags, device).run()
+        training = Training(run, flags, device)
+        if run.dry_run:
+            return training.describe()
+        training.begin(remove=run.force)
+        training.run()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import dataset
@@ -91,6 +92,26 @@ def test_two_ranks_of_two_rounds_give_the_gradients_of_one(tmp_path):
     for p, split in zip(model.parameters(), torch.load(tmp_path / "split.pt")):
         torch.testing.assert_close(split, p.grad, rtol=1e-4, atol=1e-6)
     assert sum(p.grad.abs().sum() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("mode", ["denoiser", "characteristic"])
+def test_operations_are_counted_as_torch_counts_a_real_pass(mode):
+    config = tiny_config(mode=mode)
+    net, x, t = checkpoint.build_model(config).net, torch.zeros(1, 1, 8, 8), torch.zeros(1)
+    with FlopCounterMode(display=False) as counter:
+        net(x, t, *([t] if mode == "characteristic" else [])).sum().backward()
+    assert checkpoint.flops(config) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("stage_2", [(), ("--objective", "trajectory"), ("--objective", "semigroup")])
+def test_a_dry_run_says_how_large_a_run_would_be_and_leaves_no_trace(models, tmp_path, stage_2):
+    teacher = ("--mode", "characteristic", "--teacher", models / "ode" / "latest.pth", "--num_steps", "4")
+    flags = (*teacher, *stage_2) if stage_2 else ()
+    out = run("train.py", *TINY_RUN, *flags, "--workdir", tmp_path / "new", "--dry_run").stdout
+    words = {line.split()[0]: line for line in out.splitlines()}
+    assert words.keys() == {"parameters", "operations", "images", "time"} | ({"bank"} if "trajectory" in stage_2 else set())
+    assert re.search(r"about \d+:\d\d:\d\d h on 1 x cpu", words["time"]), words
+    assert not (tmp_path / "new").exists()
 
 
 def test_learning_rate_warms_up_and_decays():
