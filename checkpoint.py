@@ -9,7 +9,6 @@ import dist_util
 from dist_util import UserError
 
 import copy
-import dataclasses
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import warnings
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,13 +45,9 @@ class EMA:
 
 def build_model(config):
     """Denoiser of a configuration, with fresh weights; two times if the mode is characteristic."""
-    net, data = dataclasses.asdict(config.network), config.data
-    sigma_data, M = net.pop("sigma_data"), net.pop("M")
-    two_times = config.task.mode == "characteristic"
-
-    def make():
-        return network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
-
+    options = {**vars(config.network), "two_times": config.task.mode == "characteristic"}
+    sigma_data, M = options.pop("sigma_data"), options.pop("M")
+    make = partial(network.UNet, config.data.image_size, config.data.image_channels, **options)
     try:
         with torch.device("meta"):  # no memory: how large would it be?
             size = sum(p.numel() for p in make().parameters())
@@ -147,11 +143,9 @@ def find_weights(content, path):
                 return {**content, "ema": content[name]}
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):
             return {"ema": content}
-    held = (
-        f"it holds {', '.join(map(str, list(content)[:5]))}"
-        if isinstance(content, dict)
-        else f"it is a {type(content).__name__}"
-    )
+        held = f"it holds {', '.join(map(str, list(content)[:5]))}"
+    else:
+        held = f"it is a {type(content).__name__}"
     raise UserError(f"{path} is not a checkpoint: it has no 'model' and 'ema' state dicts; {held}")
 
 
@@ -203,9 +197,8 @@ def override(config, flags, path, sections=("task", "data", "network"), free=("d
     `free`, and those of where and how the data is read, may differ.
     """
     free = ("data_path", "num_workers", *free)
-    settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
-    changed = [(key, old) for key, old in settings.items() if flags.get(key, old) != old]
-    different = [f"--{defaults.flag_of(key)} is {flags[key]} and was {old}" for key, old in changed]
+    was = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
+    different = [f"--{defaults.flag_of(k)} is {flags[k]} and was {old}" for k, old in was.items() if flags.get(k, old) != old]
     if different:
         raise UserError(f"{path} was made with other settings: {'; '.join(different)}: {advice or 'leave them out'}")
     return defaults.resolve(flags, config)
@@ -288,24 +281,22 @@ def load_run(path):
     if isinstance(run, dict) and isinstance(run.get("teacher"), str):  # earlier versions kept its hash alone
         run = {**run, "teacher": {"path": "", "sha256": run["teacher"]}}
     check_mean(content["mean"], config, path)
-    kinds = lambda values: {name: type(value) for name, value in values.items()}  # noqa: E731
     weights = {name: content[name] for name in ("model", "ema", "optim")}
     try:
         saved = Saved(Path(path), config, content.get("step", 0), content["mean"], **run, weights=weights)
-        sums, origin, teacher = saved.window["sums"], saved.origin, saved.teacher
-        counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, saved.window["steps"], saved.window["skipped"]]
-        numbers = [value for part in sums for value in part.values()]
+        window, sums, files = saved.window, saved.window["sums"], [saved.origin, saved.teacher]
+        counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, window["steps"], window["skipped"]]
+        counts += [saved.origin["step"]] if saved.origin else []
+        numbers = [saved.ratio or 0.0, *(value for part in sums for value in part.values())]
         whole = [
-            len(sums) == saved.ranks and all(type(n) is int and 0 <= n < 2**63 for n in counts),
-            all(part.keys() == sums[0].keys() and set(map(type, part)) <= {str} for part in sums),
+            len(sums) == saved.ranks and all(sorted(part) == sorted(sums[0]) for part in sums),
+            all(type(n) is int and 0 <= n < 2**63 for n in counts),
             all(type(value) is float and math.isfinite(value) for value in numbers),
-            origin is None or kinds(origin) == {"path": str, "sha256": str, "step": int},
-            teacher is None or kinds(teacher) == {"path": str, "sha256": str},
-            saved.ratio is None or type(saved.ratio) is float and math.isfinite(saved.ratio),
+            all(file is None or type(file["path"]) is type(file["sha256"]) is str for file in files),
         ]
         if not all(whole):
             raise ValueError("values of another kind")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever values of another kind run into
         raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
     return saved
 

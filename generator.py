@@ -7,7 +7,7 @@ states = model.states(range(8))              # list of (8, C, H, W), from noise 
 
 from dist_util import UserError
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,8 +38,7 @@ class Trained:
 
     def with_steps(self, num_steps):
         """The same model, to be sampled in another number of steps."""
-        config = self.config.replace("sampling", num_steps=num_steps)
-        return Trained(self.model, config, self.mean, self.step, self.path, self.knows_mean)
+        return replace(self, config=self.config.replace("sampling", num_steps=num_steps))
 
     def images(self, seeds):
         """uint8 images (N, C, H, W) of a sequence of seeds."""
@@ -72,17 +71,16 @@ def load_model(path, flags=(), device="cpu"):
     weights and configuration disagree.
     """
     content, flags = checkpoint.read(path), dict(flags)
-    two_times = any(".affine_s." in str(k) for k in content["ema"])
     if "config" in content:
         config = checkpoint.override(defaults.from_dict(content["config"]), flags, path)
+    elif "data_name" not in flags:
+        raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
     else:
-        if "data_name" not in flags:
-            raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
-        mode = "characteristic" if two_times else "denoiser"
+        mode = "characteristic" if any(".affine_s." in str(name) for name in content["ema"]) else "denoiser"
         if flags.setdefault("mode", mode) != mode:
             raise UserError(f"--mode is {flags['mode']}, but the weights in {path} are those of mode {mode}")
         config = defaults.resolve(flags)
-    model = checkpoint.build_model(config)
+    model = checkpoint.build_model(config).eval().requires_grad_(False)
     checkpoint.load_weights(model.net, content["ema"], path)
     mean = content.get("mean")
     knows_mean = mean is not None
@@ -90,16 +88,14 @@ def load_model(path, flags=(), device="cpu"):
         misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
         mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
     checkpoint.check_mean(mean, config, path)
-    model = model.eval().requires_grad_(False).to(device)
-    return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
+    return Trained(model.to(device), config, mean.to(device), content.get("step", 0), path, knows_mean)
 
 
 def check_seeds(start, end):
     """UserError unless start ... end are seeds of images: torch's CPU generator tells 2^32 seeds apart, and no more."""
-    if not 0 <= start <= end:
-        raise UserError(f"--start_seed {start} --end_seed {end}: seeds run from 0, start to end, both included")
-    if end - start >= 10**7 or end >= 2**32:
-        raise UserError(f"--start_seed {start} --end_seed {end}: at most 10000000 seeds, each below 2^32")
+    if not 0 <= start <= end < min(start + 10**7, 2**32):
+        rule = "seeds run from 0, start to end, both included: at most 10000000 seeds, each below 2^32"
+        raise UserError(f"--start_seed {start} --end_seed {end}: {rule}")
 
 
 class SeedNoise:
@@ -109,8 +105,8 @@ class SeedNoise:
     """
 
     def __init__(self, seeds, shape, device):
-        check_seeds(min(seeds), min(seeds))
-        check_seeds(max(seeds), max(seeds))
+        for seed in (min(seeds), max(seeds)):
+            check_seeds(seed, seed)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.shape, self.device = shape, device
 
@@ -176,11 +172,11 @@ def solve(trained, seeds):
 
 def generate(trained, seeds, desc="sampling"):
     """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar."""
-    images, bsz = Generated(trained, seeds), trained.config.sampling.eval_bsz
+    bsz = trained.config.sampling.eval_bsz
     with misc.progress(len(seeds), desc) as bar:
         for start in range(0, len(seeds), bsz):
-            batch = range(start, min(start + bsz, len(seeds)))
-            yield seeds[start : start + bsz], images.batch(batch)[0]
+            batch = seeds[start : start + bsz]
+            yield batch, Generated(trained, batch).batch(range(len(batch)))[0]
             bar.update(len(batch))
 
 

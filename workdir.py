@@ -10,7 +10,6 @@
 import dist_util
 from dist_util import LoneError, UserError
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -93,14 +92,11 @@ def check_flags(run):
 
 def choose_folder(run, flags):
     """--workdir, or logs/{data_name}-{mode} with what flags, --resume and --teacher say."""
-    said = {"data_name": "digits", "mode": "denoiser"}
-    before = run.resume or (run.teacher if flags.get("mode") == "characteristic" else None)
+    config, before = defaults.Config(), run.resume or (run.teacher if flags.get("mode") == "characteristic" else None)
     if before and not run.workdir:
-        content = checkpoint.read(before)
-        config = defaults.from_dict(content["config"]) if "config" in content else defaults.Config()
-        said = {"data_name": config.data.data_name, "mode": config.task.mode}
-    said |= flags
-    folder = Path(run.workdir or f"logs/{said['data_name']}-{said['mode']}")
+        config = defaults.from_dict(checkpoint.read(before).get("config", {}))
+    data_name, mode = flags.get("data_name", config.data.data_name), flags.get("mode", config.task.mode)
+    folder = Path(run.workdir or f"logs/{data_name}-{mode}")
     misc.check_folder(folder, "workdir")
     return folder
 
@@ -170,8 +166,7 @@ def find_teacher(run, flags, mode, saved, device):
         raise UserError("--teacher is missing: stage 2 needs the checkpoint of stage 1")
     if not run.teacher and not Path(path).is_file():
         raise UserError(f"the teacher of {saved.path} is no longer at {path}: say where it is with --teacher")
-    own = {f.name for section in (defaults.Data, defaults.Network) for f in dataclasses.fields(section)}
-    teacher = generator.load_model(path, {k: v for k, v in flags.items() if k in own}, device)
+    teacher = generator.load_model(path, {name: value for name, value in flags.items() if name != "mode"}, device)
     if teacher.is_flow_map:
         raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
     digest = misc.file_hash(path)
@@ -220,19 +215,17 @@ def lock(workdir):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "a+")  # noqa: SIM115
-        for attempt in range(10, -1, -1):
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not attempt:
-                    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
-                time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
-            except OSError:  # a file system without locks
-                break
     except OSError as error:
         raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
-    return handle
+    for _ in range(11):
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
+        except OSError:  # a file system without locks
+            return handle
+    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another")
 
 
 def prepare(plan, config, remove, keep):
@@ -297,27 +290,27 @@ def append_metrics(workdir, line):
         raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
 
 
-PANELS = {  # title: what a line of metrics.jsonl may call it
-    "denoising loss": ("denoising", "loss"),  # stage 1 logs it as its loss
-    "distance": ("distance",),
-    "learning rate": ("lr",),
-    "pixel FID": ("pixel_fid",),
-    "FID": ("fid",),
+PANELS = {  # what lines of metrics.jsonl hold: title
+    "loss": "denoising loss",  # of stage 1
+    "denoising": "denoising loss",
+    "distance": "distance",
+    "lr": "learning rate",
+    "pixel_fid": "pixel FID",
+    "fid": "FID",
 }
 
 
 def draw_curves(workdir):
     """loss.png from metrics.jsonl: a panel for each thing that it holds."""
-    lines, curves = read_metrics(workdir), {}
-    distils = any("distance" in line for line in lines)
-    for title, names in PANELS.items():
-        names = names[:1] if distils else names  # stage 2's loss is a sum whose weight drifts
-        points = [(line["step"], next(line[n] for n in names if n in line)) for line in lines if set(names) & set(line)]
-        if points:
-            curves[title] = points
-    if curves:
-        figure, axes = misc.new_figure(len(curves), 3.2 * len(curves), 2.8)
-        for ax, (title, points) in zip(axes, curves.items()):
-            ax.plot(*zip(*points), "." if len(points) == 1 else "-")
-            ax.set(title=title, xlabel="step", yscale="linear" if title == "learning rate" else "log")
+    lines = read_metrics(workdir)
+    held = {name for line in lines for name in line}
+    if "distance" in held:
+        held.discard("loss")  # stage 2's is a sum whose weight drifts
+    shown = [name for name in PANELS if name in held]
+    if shown:
+        figure, axes = misc.new_figure(len(shown), 3.2 * len(shown), 2.8)
+        for ax, name in zip(axes, shown):
+            steps, values = zip(*((line["step"], line[name]) for line in lines if name in line))
+            ax.plot(steps, values, "." if len(steps) == 1 else "-")
+            ax.set(title=PANELS[name], xlabel="step", yscale="linear" if name == "lr" else "log")
         misc.write_figure(workdir / "loss.png", figure, dpi=100)
