@@ -4,7 +4,7 @@
 {workdir}/config.json                       the configuration, for people
 {workdir}/metrics.jsonl, loss.png           a line every log_freq steps, and what it looks like
 {workdir}/samples/{step}.png                grids of images
-{workdir}/.lock                             held by the run that writes here; names the jobs of torchrun that did
+{workdir}/.lock                             held by the run that writes here
 """
 
 import dist_util
@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,19 +103,15 @@ def choose_folder(run, flags):
 def begins_anew(run, workdir):
     """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
 
-    Not if torchrun has started the job again, after a process died or a machine came or went: a restart is to go on.  The
-    folder's .lock names the jobs that began here.  torchrun calls all jobs without an id "none": these overwrite nothing.
+    Under torchrun it overwrites nothing: a job that is started again would remove what it has done itself.
     """
-    if not run.fresh or not checkpoint.latest_checkpoint(workdir):
-        return run.fresh
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    with suppress(OSError):
-        if job != "none" and job in (workdir / ".lock").read_text().splitlines():
-            return False
-    if not run.force or job == "none":
-        advice = "add --force" if not run.force else "give torchrun --standalone or a --rdzv_id, which tells restarts apart"
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if run.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UserError("--fresh would begin anew at each restart: leave out --fresh, or torchrun's --max-restarts")
+    if run.fresh and checkpoint.latest_checkpoint(workdir) and (torchrun or not run.force):
+        advice = "leave --fresh out (torchrun may start a job again: no --force there)" if torchrun else "add --force"
         raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or {advice}")
-    return True
+    return run.fresh
 
 
 def load_last(workdir):
@@ -214,7 +209,7 @@ def lock(workdir):
     """A handle on {workdir}/.lock that keeps other runs out for as long as this process lives; UserError if one is in."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(workdir / ".lock", "a+")  # noqa: SIM115
+        handle = open(workdir / ".lock", "a")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
     for _ in range(11):
@@ -231,9 +226,8 @@ def lock(workdir):
 def prepare(plan, config, remove, keep):
     """Make the folder ready for a run, and keep other runs out: returns the handle of lock().
 
-    Removes an earlier run if asked to `remove` it, notes the job of torchrun, and writes config.json and the lines of
-    metrics.jsonl that come before the first step.  It may be killed anywhere.  The job is noted after everything is removed, so
-    that a restart never takes what is left of an earlier run for its own.
+    Removes an earlier run if asked to `remove` it, and writes config.json and the lines of metrics.jsonl that come before the
+    first step.  It may be killed anywhere.
     """
     folder, before = plan.workdir, history(plan)
     handle = lock(folder)
@@ -241,20 +235,14 @@ def prepare(plan, config, remove, keep):
         raise UserError(f"--workdir {folder} has just been written to by another run: start the command again")
     for place in (folder, folder / "samples"):
         misc.remove_leftovers(place)
-    try:
-        if remove:
-            handle.truncate(0)
-            names = ("latest.pth", "metrics.jsonl", "loss.png")
+    if remove:
+        names = ("latest.pth", "metrics.jsonl", "loss.png")
+        try:
             for path in (*checkpoint.checkpoints(folder), *(folder / name for name in names)):
                 path.unlink(missing_ok=True)
-            shutil.rmtree(folder / "samples", ignore_errors=True)
-        handle.seek(0)  # to open the file again and close it would give up the lock
-        job = os.environ.get("TORCHELASTIC_RUN_ID")
-        if job and job not in handle.read().splitlines():
-            handle.write(f"{job}\n")
-            handle.flush()
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
+        shutil.rmtree(folder / "samples", ignore_errors=True)
     if plan.in_place:  # it may have been killed before
         checkpoint.remove_old(folder, keep)
     misc.write_json(folder / "config.json", defaults.to_dict(config))
