@@ -57,9 +57,8 @@ def make_plan(run, flags, device):
     named = load_named(run, workdir, held)
     saved = held or named
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
-    if named and not held and flags.get("mode", mode) != mode:
-        stage_2 = "stage 2 begins with --teacher alone"
-        raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; {stage_2}")
+    if named and flags.get("mode", mode) != mode:
+        raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 takes --teacher alone")
     if mode == "characteristic":
         flags = {defaults.IN_STAGE_2.get(name, name): value for name, value in flags.items()}
         if flags.get("label_dropout"):
@@ -72,10 +71,10 @@ def make_plan(run, flags, device):
     if not saved:
         inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0} if teacher else {}
         config = defaults.resolve({**inherited, **flags})
-    if saved and (saved.step > config.train.train_steps or saved.step == config.train.train_steps and not held):
+    if saved and (saved.step > config.train.train_steps or named and named.step == config.train.train_steps):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
     origin = held.origin if held else None
-    if named and not held:
+    if named:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
     return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None)
 
@@ -131,19 +130,17 @@ def load_last(workdir):
 
 
 def load_named(run, workdir, held):
-    """The Saved that --resume names, None without it or where the run in --workdir, `held`, began from that path.
+    """The Saved that --resume names, None without it or where --workdir holds a run, `held`, which goes on instead.
 
-    UserError if --workdir holds a run that did not begin from it.
+    That run takes a --resume of the path that it began from, whatever became of it, or of its own latest.pth; else UserError.
     """
-    if not run.resume or held and held.origin and held.origin["path"] == os.path.abspath(run.resume):
-        return None  # the same command again: what was there may have gone on, or be gone
-    named = checkpoint.load_run(run.resume)
-    if held and named.path.parent.resolve() == workdir.resolve():
-        if named.path.name != "latest.pth":
-            raise UserError(f"--workdir {workdir} goes on from its last checkpoint: leave --resume out, or choose another")
-    elif held and not (held.origin and held.origin["sha256"] == misc.file_hash(named.path)):
-        raise UserError(f"--workdir {workdir} holds a run that did not begin from {named.path}: choose another folder")
-    return named
+    if not held:
+        return checkpoint.load_run(run.resume) if run.resume else None
+    known = (held.origin and held.origin["path"], os.path.abspath(workdir / "latest.pth"))
+    if run.resume and os.path.abspath(run.resume) not in known:
+        advice = "leave --resume out to go on from its last checkpoint, or choose another folder"
+        raise UserError(f"--workdir {workdir} holds a run that did not begin from {run.resume}: {advice}")
+    return None
 
 
 def find_teacher(run, flags, mode, saved, device):

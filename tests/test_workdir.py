@@ -53,7 +53,7 @@ def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
     other = [*resume[:-1], tmp_path / "whole" / "DDPMpp-000003.pth", "--train_steps", "9"]
     assert "did not begin from" in run(*other, expect=2).stderr
     back = [*resume[:-3], tmp_path / "whole", *resume[-2:]]
-    assert "goes on from its last checkpoint" in run(*back, expect=2).stderr
+    assert "leave --resume out to go on from its last checkpoint" in run(*back, expect=2).stderr
 
 
 def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
