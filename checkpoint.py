@@ -117,8 +117,6 @@ def read(path):
         raise UserError(f"{path} is damaged: its step is {step!r}")
     if type(written) is not int or written != FORMAT:
         raise UserError(f"{path} has format {written!r}, this version reads {FORMAT}: update the software")
-    if not all(x.layout is torch.strided and x.device.type == "cpu" for x in tensors_in(content)):
-        raise UserError(f"{path} is damaged: it holds tensors that are not dense or without values")
     return content
 
 
@@ -149,16 +147,10 @@ def find_weights(content, path):
     raise UserError(f"{path} is not a checkpoint: it has no 'model' and 'ema' state dicts; {held}")
 
 
-def tensors_in(content):
-    """All tensors in dicts and lists, which may be nested deeply or hold themselves."""
-    left, seen = [content], set()
-    while left:
-        value = left.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            left.extend(value.values() if isinstance(value, dict) else value)
+def is_finite(x):
+    """Whether a value of a checkpoint is a tensor of finite floating-point numbers, dense and on the CPU."""
+    dense = isinstance(x, torch.Tensor) and x.layout is torch.strided and x.device.type == "cpu" and not x.is_nested
+    return dense and x.is_floating_point() and bool(x.float().isfinite().all())
 
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # what DataParallel, compile and others put before every name
@@ -177,14 +169,11 @@ def load_weights(net, state, path):
 
     both = [k for k in own if k in state]
     shapes = {k: tuple(getattr(state[k], "shape", ())) for k in both}
+    fit = [k for k in both if shapes[k] == own[k].shape]
     differ([k for k in own if k not in state], lambda _: "is missing")
     differ([k for k in state if k not in own], lambda _: "is unknown")
-    other = [k for k in both if not isinstance(state[k], torch.Tensor) or shapes[k] != own[k].shape]
-    differ(other, lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
-    if not wrong:
-        differ([k for k in both if not state[k].is_floating_point()], lambda k: f"holds {state[k].dtype}")
-    if not wrong:
-        differ([k for k in both if not state[k].float().isfinite().all()], lambda _: "is not finite")
+    differ([k for k in both if k not in fit], lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
+    differ([k for k in fit if not is_finite(state[k])], lambda _: "is not finite, or not of floating-point numbers")
     if wrong:
         raise UserError(f"{path} does not fit this network: {'; '.join(wrong)}")
     net.load_state_dict(state)
@@ -207,8 +196,7 @@ def override(config, flags, path, sections=("task", "data", "network"), free=("d
 def check_mean(mean, config, path):
     """UserError unless the mean that a checkpoint holds is that of images of its configuration."""
     shape = (config.data.image_channels, config.data.image_size, config.data.image_size)
-    fits = isinstance(mean, torch.Tensor) and tuple(mean.shape) == shape and mean.dtype == torch.float32
-    if not (fits and mean.isfinite().all()):
+    if not is_finite(mean) or mean.dtype != torch.float32 or mean.shape != shape:
         raise UserError(f"{path} is damaged: its mean is not a finite image of {shape}")
 
 
@@ -327,18 +315,17 @@ class TrainingState:
         """load_state_dict but for the settings, which stay; UserError unless every parameter has its state."""
         parameters = list(self.model.parameters())
         try:
-            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"].keys()))]
-            whole = bool(states)
-            for s in states:
-                whole = whole and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and s["step"].shape == () and s["step"] >= 0
-                whole = whole and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())
+            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(parameters))]
+            whole = len(state["state"]) == len(parameters)
+            for p, s in zip(parameters, states):
+                shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                whole = whole and {k: v.shape for k, v in s.items()} == shapes and s["step"] >= 0
+                whole = whole and all(is_finite(v) and v.dtype == torch.float32 for v in s.values())
                 whole = whole and bool((s["exp_avg_sq"] >= 0).all())
-            fits = all(s[k].shape == p.shape for p, s in zip(parameters, states) for k in ("exp_avg", "exp_avg_sq"))
-        except Exception as error:  # whatever another dict runs into
-            raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
-        if not whole or not fits or len(states) != len(parameters):
-            why = "it is damaged" if not whole else "it is that of another network"
-            raise UserError(f"{path} does not hold the optimizer of this run: {why}")
+        except Exception:  # whatever another dict runs into
+            whole = False
+        if not whole:
+            raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged")
         groups = self.optim.state_dict()["param_groups"]
         self.optim.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
 
