@@ -321,7 +321,6 @@ class TrainingState:
                 shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                 whole = whole and {k: v.shape for k, v in s.items()} == shapes and s["step"] >= 0
                 whole = whole and all(is_finite(v) and v.dtype == torch.float32 for v in s.values())
-                whole = whole and bool((s["exp_avg_sq"] >= 0).all())
         except Exception:  # whatever another dict runs into
             whole = False
         if not whole:

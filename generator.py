@@ -8,6 +8,7 @@ states = model.states(range(8))              # list of (8, C, H, W), from noise 
 from dist_util import UserError
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -53,15 +54,8 @@ class Trained:
         plain = defaults.to_dict(self.config)
         if self.is_flow_map:  # which uses none of these
             plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in ("ode_solver", "sde", *CHURN)}
-        return {
-            "checkpoint": str(self.path),
-            "sha256": misc.file_hash(self.path),
-            "step": self.step,
-            "nfe": nfe(self.config),
-            "start_seed": seeds[0],
-            "end_seed": seeds[-1],
-            "config": plain,
-        }
+        file = {"checkpoint": str(self.path), "sha256": misc.file_hash(self.path), "step": self.step}
+        return {**file, "nfe": nfe(self.config), "start_seed": seeds[0], "end_seed": seeds[-1], "config": plain}
 
 
 def load_model(path, flags=(), device="cpu"):
@@ -82,11 +76,10 @@ def load_model(path, flags=(), device="cpu"):
         config = defaults.resolve(flags)
     model = checkpoint.build_model(config).eval().requires_grad_(False)
     checkpoint.load_weights(model.net, content["ema"], path)
-    mean = content.get("mean")
-    knows_mean = mean is not None
+    data, knows_mean = config.data, "mean" in content
     if not knows_mean:
         misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
-        mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
+    mean = content.get("mean", torch.zeros(data.image_channels, data.image_size, data.image_size))
     checkpoint.check_mean(mean, config, path)
     return Trained(model.to(device), config, mean.to(device), content.get("step", 0), path, knows_mean)
 
@@ -120,10 +113,7 @@ def trajectory(config, model, x, noise, label=None):
     model(x, t [, s], label=label) is the denoiser, with s that of a flow map; noise() gives normals of x's shape.
     """
     sampling = config.sampling
-    t_max = 1 - sampling.eval_eps1
-
-    def denoise(x, t):
-        return model(x, t, label=label)
+    t_max, denoise = 1 - sampling.eval_eps1, partial(model, label=label)
 
     def churn(x, t):
         if sampling.s_min <= t[0] <= sampling.s_max:
@@ -131,11 +121,11 @@ def trajectory(config, model, x, noise, label=None):
         return x, t
 
     if config.task.mode == "characteristic":
-        step = lambda x, t, s: sde.transport(x, model(x, t, s, label=label), t, s)  # noqa: E731
+        step = lambda x, t, s: sde.transport(x, denoise(x, t, s), t, s)
     elif sampling.sde:
-        step = lambda x, t, s: sde.ancestral_step(denoise, noise, x, t, s)  # noqa: E731
+        step = partial(sde.ancestral_step, denoise, noise)
     else:
-        step = lambda x, t, s: sde.SOLVERS[sampling.ode_solver](denoise, x, t, s)  # noqa: E731
+        step = partial(sde.SOLVERS[sampling.ode_solver], denoise)
     ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
     return sde.sample(step, x, ts, churn if sampling.churn else None)
 
@@ -148,8 +138,7 @@ def nfe(config):
         calls.append(t)
         return x
 
-    for _ in trajectory(config, model, torch.zeros(1, 1), lambda: torch.zeros(1, 1)):
-        pass
+    list(trajectory(config, model, torch.zeros(1, 1), lambda: torch.zeros(1, 1)))
     return len(calls)
 
 

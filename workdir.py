@@ -51,7 +51,12 @@ def make_plan(run, flags, device):
     What --workdir holds is continued; --resume names what a new --workdir begins from; --fresh begins anew.  A run that
     continues takes its settings from its checkpoint, a student its data and network from its teacher.
     """
-    check_flags(run)
+    if run.keep < 0:
+        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
+    if run.resume and run.fresh:
+        raise UserError("--resume continues and --fresh begins anew: leave one out")
+    if run.force and not run.fresh:
+        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
     workdir = choose_folder(run, flags)
     held = None if begins_anew(run, workdir) else load_last(workdir)
     named = load_named(run, workdir, held)
@@ -77,15 +82,6 @@ def make_plan(run, flags, device):
     if named:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
     return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None)
-
-
-def check_flags(run):
-    if run.resume and run.fresh:
-        raise UserError("--resume continues and --fresh begins anew: leave one out")
-    if run.force and not run.fresh:
-        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
-    if run.keep < 0:
-        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
 
 
 def choose_folder(run, flags):
@@ -232,19 +228,15 @@ def prepare(plan, config, remove, keep):
         raise UserError(f"--workdir {folder} has just been written to by another run: start the command again")
     for place in (folder, folder / "samples"):
         misc.remove_leftovers(place)
-    if remove:
-        names = ("latest.pth", "metrics.jsonl", "loss.png")
-        try:
-            for path in (*checkpoint.checkpoints(folder), *(folder / name for name in names)):
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
-        shutil.rmtree(folder / "samples", ignore_errors=True)
-    if plan.in_place:  # it may have been killed before
-        checkpoint.remove_old(folder, keep)
     misc.write_json(folder / "config.json", defaults.to_dict(config))
     with misc.atomic(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in before))
+    if remove:
+        for path in (*checkpoint.checkpoints(folder), folder / "latest.pth", folder / "loss.png"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    if plan.in_place:  # it may have been killed before
+        checkpoint.remove_old(folder, keep)
     return handle
 
 
@@ -275,14 +267,9 @@ def append_metrics(workdir, line):
         raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
 
 
-PANELS = {  # what lines of metrics.jsonl hold: title
-    "loss": "denoising loss",  # of stage 1
-    "denoising": "denoising loss",
-    "distance": "distance",
-    "lr": "learning rate",
-    "pixel_fid": "pixel FID",
-    "fid": "FID",
-}
+# Titles of panels, by what lines of metrics.jsonl hold; stage 1 calls its loss `loss`, stage 2 `denoising`.
+PANELS = {"loss": "denoising loss", "denoising": "denoising loss", "distance": "distance", "lr": "learning rate"}
+PANELS |= {"pixel_fid": "pixel FID", "fid": "FID"}
 
 
 def draw_curves(workdir):
