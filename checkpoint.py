@@ -229,11 +229,8 @@ class Window:
         return {"steps": self.steps, "skipped": self.skipped, "sums": sums}
 
     def restore(self, content):
-        """The inverse; on another number of ranks each takes the mean of what they had."""
-        ranks = content["sums"]
-        if len(ranks) != dist_util.world_size():
-            ranks = [{name: sum(s[name] for s in ranks) / len(ranks) for name in ranks[0]}] * dist_util.world_size()
-        mine = ranks[dist_util.rank()]
+        """The inverse; on more ranks than before some take the sums of another, on fewer some sums are left out."""
+        mine = content["sums"][dist_util.rank() % len(content["sums"])]
         self.sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in mine.items()}
         self.steps, self.skipped = content["steps"], content["skipped"]
 
