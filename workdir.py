@@ -116,13 +116,11 @@ def load_last(workdir):
         raise UserError(f"{workdir}/latest.pth is no link to a checkpoint: call it DDPMpp-000000.pth, with its step, to go on")
     if latest is None:
         return None
-    if not latest.exists():
-        advice = "put it back, or remove latest.pth to continue from the last checkpoint there is"
-        raise UserError(f"{workdir}/latest.pth points to {latest.name}, which is missing: {advice}")
     try:
         return checkpoint.load_run(latest)
     except UserError as error:
-        raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
+        advice = f"put a good one there, or remove it and {workdir}/latest.pth to continue from the checkpoint before it"
+        raise UserError(f"{error}: {advice}") from error
 
 
 def load_named(run, workdir, held):
@@ -159,8 +157,7 @@ def find_teacher(run, flags, mode, saved, device):
         raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
     digest = misc.file_hash(path)
     if known and known["sha256"] != digest:
-        advice = "name that one with --teacher, or begin a new run"
-        raise UserError(f"{path} is not the teacher that {saved.path} began with: {advice}")
+        raise UserError(f"{path} is not the teacher that {saved.path} began with: name that with --teacher, or begin a new run")
     return teacher, {"path": os.path.abspath(path), "sha256": digest}
 
 

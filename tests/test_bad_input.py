@@ -315,7 +315,7 @@ CASES = [
      "the teacher of flow/DDPMpp-000004.pth is no longer at /gone.pth: say where it is with --teacher"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth --resume ode/latest.pth", "--resume ode/latest.pth is a denoiser; stage 2"),
     (both(copy("ode"), put("ode/DDPMpp-000004.pth", "")), f"{RUN} --workdir ode --train_steps 9",
-     "or it is damaged: remove it and ode/latest.pth to continue from the checkpoint before it"),
+     "or it is damaged: put a good one there, or remove it and ode/latest.pth to continue from the checkpoint before it"),
     (checkpoint(drop("run")), RESUME, "x.pth holds no run to continue"),
     (checkpoint(set_key("run", {})), RESUME, "what x.pth holds of its run cannot be continued: it is damaged"),
     (checkpoint(set_key("run", "window", "sums", [{"loss": float("nan")}])), RESUME, "cannot be continued"),
@@ -346,7 +346,7 @@ CASES = [
     (both(copy("ode"), put("ode/metrics.jsonl", "no json\n")), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
     (both(copy("ode"), put("ode/metrics.jsonl", '{"step": "1"}\n')), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
     (both(copy("ode"), put("ode/metrics.jsonl", "[" * 10**5 + "\n")), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
-    (dangling, f"{RUN} --workdir ode", "ode/latest.pth points to DDPMpp-000009.pth, which is missing: put it back"),
+    (dangling, f"{RUN} --workdir ode", "no checkpoint ode/DDPMpp-000009.pth: put a good one there, or"),
 
     # zips, pictures, arrays
     (zipped(**{"../x.png": png(), "a.png": png()}), DATA, "holds ../x.png, a path that leads out of it"),
