@@ -1,9 +1,4 @@
-"""Weights on disk: the one object that knows what a checkpoint holds, the average of the weights, and files of others.
-
-state = TrainingState(model, config, mean)
-state.restore(saved)               # saved = load_run(path), to go on
-state.save(workdir, keep=5)        # {workdir}/DDPMpp-{step}.pth, and latest.pth that points to it
-"""
+"""Weights on disk: TrainingState, which knows what a checkpoint holds, the average of the weights, and files of others."""
 
 import dist_util
 from dist_util import UserError
@@ -85,10 +80,7 @@ def point_to(path):
 
 
 def remove_old(workdir, keep):
-    """Keep a folder's last `keep` checkpoints, or all if 0, up to the one that latest.pth points to.
-
-    A later one stays too.  Its run was killed before pointing to it, and will write it again.
-    """
+    """Keep the last `keep` checkpoints, or all if 0, up to that of latest.pth; a later one is written again by its run."""
     known, latest = checkpoints(workdir), latest_checkpoint(workdir)
     known = known[: known.index(latest) + 1] if latest in known else []
     for old in known[:-keep] if keep else []:
@@ -96,9 +88,9 @@ def remove_old(workdir, keep):
 
 
 def read(path):
-    """The content of a checkpoint, ours or somebody's, as a dict in which `ema` is a state dict of tensors, on the CPU.
+    """The content of a checkpoint, ours or of others, as a dict in which `ema` is a state dict; UserError for other files.
 
-    Tensors and plain values alone are loaded: no code in the file ever runs.  UserError says what kind of file it is instead.
+    Tensors and plain values alone are loaded, to the CPU: no code in the file ever runs.
     """
     try:
         with warnings.catch_warnings():  # of torch about tensors that are refused below
@@ -180,10 +172,9 @@ def load_weights(net, state, path):
 
 
 def override(config, flags, path, sections=("task", "data", "network"), free=("dropout", "label_dropout"), advice=None):
-    """The configuration of the checkpoint `path` with explicit flags over it.
+    """The configuration of the checkpoint `path` with explicit flags over it; UserError lists those that may not differ.
 
-    UserError that lists the flags that differ in these sections, by default those that fix what the weights can be.  Flags in
-    `free`, and those of where and how the data is read, may differ.
+    These are all of `sections`, by default those that fix what the weights can be, but for `free` and how the data is read.
     """
     free = ("data_path", "num_workers", *free)
     was = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
@@ -287,10 +278,9 @@ def load_run(path):
 
 
 class TrainingState:
-    """All that changes while a run trains, and what else its checkpoints hold: the one object that saves and restores it.
+    """All that changes while a run trains, and what else its checkpoints hold; alone in knowing their keys.
 
-    Every random number of training is drawn from a generator seeded by (seed, purpose, step, round, rank), so the random
-    state is the seed and the step.
+    All random numbers come from generators seeded by (seed, purpose, step, round, rank): seed and step are the random state.
     """
 
     def __init__(self, model, config, mean, images=0, data="", origin=None, teacher=None):
@@ -331,9 +321,9 @@ class TrainingState:
         return all(dist_util.gather(all(bool(x.isfinite().all()) for net in nets for x in net.state_dict().values())))
 
     def save(self, workdir, keep=0):
-        """{workdir}/DDPMpp-{step}.pth, atomically; returns the path.  All ranks call this together; the first one writes.
+        """Write {workdir}/DDPMpp-{step}.pth and return its path; all ranks call this together, and the first one writes.
 
-        Only then latest.pth is pointed to it, and only then old ones are removed: what latest.pth points to is always whole.
+        latest.pth is moved on after that, and old ones are removed last: what latest.pth points to is always whole.
         """
         path = Path(workdir) / f"DDPMpp-{self.step:06d}.pth"
         run = {"ranks": dist_util.world_size(), "bsz": self.config.train.bsz, **self.facts}

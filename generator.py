@@ -59,10 +59,9 @@ class Trained:
 
 
 def load_model(path, flags=(), device="cpu"):
-    """Trained model of a checkpoint, with explicit flags, a dict, over its settings of sampling.
+    """The Trained of a checkpoint, with flags {setting: value} over its settings of sampling; UserError where they disagree.
 
-    A checkpoint without configuration, as others publish, takes everything from flags and presets.  UserError where flags,
-    weights and configuration disagree.
+    A checkpoint without configuration, as others publish, takes everything from flags and presets.
     """
     content, flags = checkpoint.read(path), dict(flags)
     if "config" in content:
@@ -92,10 +91,7 @@ def check_seeds(start, end):
 
 
 class SeedNoise:
-    """Standard normals (B, *shape), image i from a generator of its own, seeded with seeds[i].
-
-    Drawn on the CPU, so that an image depends neither on its batch nor on the device.
-    """
+    """Standard normals (B, *shape), drawn on the CPU, image i by a generator with seeds[i]: batch and device change nothing."""
 
     def __init__(self, seeds, shape, device):
         for seed in (min(seeds), max(seeds)):
@@ -110,7 +106,7 @@ class SeedNoise:
 def trajectory(config, model, x, noise, label=None):
     """Yield the states from x, at t = 1 - eval_eps1, to data, as the sampling settings say.
 
-    model(x, t [, s], label=label) is the denoiser, with s that of a flow map; noise() gives normals of x's shape.
+    model(x, t [, s], label=label) is the denoiser, or that of a flow map with s; noise() gives normals of x's shape.
     """
     sampling = config.sampling
     t_max, denoise = 1 - sampling.eval_eps1, partial(model, label=label)
@@ -146,8 +142,7 @@ def nfe(config):
 def solve(trained, seeds):
     """Yield the states (B, C, H, W), from noise to data, of the images with these seeds; the last are the images.
 
-    Draws of each image's generator: the latent, then its class if the model is conditional and none is asked for, then what
-    churn or the SDE need.
+    A generator draws the latent, then the class of a conditional model if none is asked for, then what churn or the SDE need.
     """
     config, mean = trained.config, trained.mean
     noise = SeedNoise(seeds, mean.shape, mean.device)
@@ -170,10 +165,9 @@ def generate(trained, seeds, desc="sampling"):
 
 
 class Generated:
-    """The images of a trained model with these seeds, as a data set that never touches the disk.
+    """The images of a Trained with these seeds, as a data set in memory.
 
-    poll() is called after each step of the solver.  By raising, it ends work that takes long; StopSignals.poll ends it on all
-    ranks together.
+    poll() is called after each step of the solver, and may end the work by raising, as StopSignals.poll does on all ranks.
     """
 
     def __init__(self, trained, seeds, poll=None):

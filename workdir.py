@@ -46,11 +46,7 @@ class Plan:
 
 
 def make_plan(run, flags, device):
-    """The Plan of a command, or UserError.
-
-    What --workdir holds is continued; --resume names what a new --workdir begins from; --fresh begins anew.  A run that
-    continues takes its settings from its checkpoint, a student its data and network from its teacher.
-    """
+    """The Plan of a command: a run that goes on keeps its settings, a student takes data and network from its teacher."""
     if run.keep < 0:
         raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
     if run.resume and run.fresh:
@@ -96,11 +92,8 @@ def choose_folder(run, flags):
 
 
 def begins_anew(run, workdir):
-    """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
-
-    Under torchrun it overwrites nothing: a job that is started again would remove what it has done itself.
-    """
-    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force, or under torchrun."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # a job that it starts again would remove what it has done itself
     if run.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError("--fresh would begin anew at each restart: leave out --fresh, or torchrun's --max-restarts")
     if run.fresh and checkpoint.latest_checkpoint(workdir) and (torchrun or not run.force):
@@ -110,7 +103,7 @@ def begins_anew(run, workdir):
 
 
 def load_last(workdir):
-    """The Saved of a folder's last checkpoint, None without one; UserError says what to remove if it is lost or damaged."""
+    """The Saved of a folder's last checkpoint, None without one; UserError says what to do if it is lost or damaged."""
     latest = checkpoint.latest_checkpoint(workdir)
     if latest is None and (workdir / "latest.pth").exists():
         raise UserError(f"{workdir}/latest.pth is no link to a checkpoint: call it DDPMpp-000000.pth, with its step, to go on")
@@ -124,9 +117,9 @@ def load_last(workdir):
 
 
 def load_named(run, workdir, held):
-    """The Saved that --resume names, None without it or where --workdir holds a run, `held`, which goes on instead.
+    """The Saved that --resume names; None without it, and where --workdir holds a run, `held`, which goes on instead.
 
-    That run takes a --resume of the path that it began from, whatever became of it, or of its own latest.pth; else UserError.
+    --resume may then name what that run began from, whatever became of it, or its own latest.pth; else UserError.
     """
     if not held:
         return checkpoint.load_run(run.resume) if run.resume else None
@@ -138,10 +131,7 @@ def load_named(run, workdir, held):
 
 
 def find_teacher(run, flags, mode, saved, device):
-    """(the denoiser that stage 2 distils, its file's path and sha256); (None, None) in stage 1.
-
-    A run that continues knows its teacher's file, and --teacher may be left out while that is the same.
-    """
+    """(teacher of stage 2, its file's path and sha256), or (None, None) in stage 1; a run that continues knows its file."""
     if mode == "denoiser":
         if run.teacher:
             raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
@@ -172,10 +162,7 @@ def check_data(images, plan):
 
 
 def fit_to_ranks(plan, flags):
-    """The configuration with a --bsz that suits the ranks: a run that continues on others may need another; or UserError.
-
-    Says what is no longer as it would have been, and what may be a slip.
-    """
+    """The configuration, with another --bsz where a run continues on ranks that need it, or UserError; logs what differs."""
     config, saved, world = plan.config, plan.saved, dist_util.world_size()
     train = config.train
     share, rest = divmod(train.global_bsz, world)
@@ -214,10 +201,9 @@ def lock(workdir):
 
 
 def prepare(plan, config, remove, keep):
-    """Make the folder ready for a run, and keep other runs out: returns the handle of lock().
+    """Make the folder ready, without an earlier run if asked to `remove` it, and return the handle of lock().
 
-    Removes an earlier run if asked to `remove` it, and writes config.json and the lines of metrics.jsonl that come before the
-    first step.  It may be killed anywhere.
+    It may be killed anywhere: the same command does the rest.
     """
     folder, before = plan.workdir, history(plan)
     handle = lock(folder)
