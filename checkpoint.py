@@ -33,9 +33,8 @@ class EMA:
     @torch.no_grad()
     def update(self, module, step):
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
-        for mine, other in zip(self.module.buffers(), module.buffers()):
-            mine.copy_(other)
+        mine, other = ([*net.parameters(), *net.buffers()] for net in (self.module, module))
+        torch._foreach_lerp_(mine, other, 1 - decay)
 
 
 def build_model(config):
@@ -80,7 +79,7 @@ def point_to(path):
 
 
 def remove_old(workdir, keep):
-    """Keep the last `keep` checkpoints, or all if 0, up to that of latest.pth; a later one is written again by its run."""
+    """Keep the last `keep` checkpoints up to that of latest.pth, or all if 0.  A later one stays: its run writes it again."""
     known, latest = checkpoints(workdir), latest_checkpoint(workdir)
     known = known[: known.index(latest) + 1] if latest in known else []
     for old in known[:-keep] if keep else []:
@@ -159,12 +158,11 @@ def load_weights(net, state, path):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             wrong.append(f"{', '.join(map(str, names[:3]))}{more} {what(names[0])}")
 
-    both = [k for k in own if k in state]
-    shapes = {k: tuple(getattr(state[k], "shape", ())) for k in both}
-    fit = [k for k in both if shapes[k] == own[k].shape]
+    shapes = {k: tuple(getattr(state[k], "shape", ())) for k in own if k in state}
+    fit = [k for k in shapes if shapes[k] == own[k].shape]
     differ([k for k in own if k not in state], lambda _: "is missing")
     differ([k for k in state if k not in own], lambda _: "is unknown")
-    differ([k for k in both if k not in fit], lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
+    differ([k for k in shapes if k not in fit], lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
     differ([k for k in fit if not is_finite(state[k])], lambda _: "is not finite, or not of floating-point numbers")
     if wrong:
         raise UserError(f"{path} does not fit this network: {'; '.join(wrong)}")
@@ -300,18 +298,15 @@ class TrainingState:
 
     def _load_optimizer(self, state, path):
         """load_state_dict but for the settings, which stay; UserError unless every parameter has its state."""
-        parameters = list(self.model.parameters())
         try:
-            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(parameters))]
-            whole = len(state["state"]) == len(parameters)
-            for p, s in zip(parameters, states):
-                shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                whole = whole and {k: v.shape for k, v in s.items()} == shapes and s["step"] >= 0
-                whole = whole and all(is_finite(v) and v.dtype == torch.float32 for v in s.values())
-        except Exception:  # whatever another dict runs into
-            whole = False
-        if not whole:
-            raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged")
+            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"]))]
+            for p, s in zip(self.model.parameters(), states, strict=True):
+                shapes = {k: v.shape for k, v in s.items()}
+                finite = all(is_finite(v) and v.dtype == torch.float32 for v in s.values())
+                if not finite or shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} or s["step"] < 0:
+                    raise ValueError("values of another kind")
+        except Exception as error:  # whatever another dict runs into
+            raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
         groups = self.optim.state_dict()["param_groups"]
         self.optim.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
 
@@ -326,19 +321,12 @@ class TrainingState:
         latest.pth is moved on after that, and old ones are removed last: what latest.pth points to is always whole.
         """
         path = Path(workdir) / f"DDPMpp-{self.step:06d}.pth"
-        run = {"ranks": dist_util.world_size(), "bsz": self.config.train.bsz, **self.facts}
-        run |= {"skipped": self.skipped, "window": self.window.content()}
-        content = {
-            "model": self.model.net.state_dict(),
-            "ema": self.ema.module.net.state_dict(),
-            "optim": self.optim.state_dict(),
-            "step": self.step,
-            "config": defaults.to_dict(self.config),
-            "mean": self.mean.cpu(),
-            "random": {"seed": self.config.train.seed, "step": self.step},
-            "run": run,
-            "format": FORMAT,
-        }
+        net, ema = self.model.net, self.ema.module.net
+        content = {"model": net.state_dict(), "ema": ema.state_dict(), "optim": self.optim.state_dict(), "step": self.step}
+        content |= {"config": defaults.to_dict(self.config), "mean": self.mean.cpu(), "format": FORMAT}
+        content["random"] = {"seed": self.config.train.seed, "step": self.step}
+        content["run"] = {**self.facts, "ranks": dist_util.world_size(), "bsz": self.config.train.bsz}
+        content["run"] |= {"skipped": self.skipped, "window": self.window.content()}
 
         def write():
             with misc.atomic(path) as temporary, open(temporary, "wb") as file:  # torch would write a name into the file

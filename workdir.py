@@ -176,9 +176,8 @@ def fit_to_ranks(plan, flags):
     if saved and train.lr_decay == "cosine" and saved.config.train.train_steps != train.train_steps:
         misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
     if saved and (saved.ranks, saved.bsz) != (world, config.train.bsz):
-        now, before = f"{world} rank{'s' * (world > 1)} of {config.train.bsz}", f"{saved.ranks} of {saved.bsz}"
-        differ = "each step sees the same images, but noise, dropout and stage 2's bank are other draws"
-        misc.log(f"continuing on {now} what ran on {before}: {differ}, so that the weights will not be the same")
+        ranks = f"{world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {saved.ranks} of {saved.bsz}"
+        misc.log(f"continuing on {ranks}: the same images, but other draws of noise, dropout and bank, and so other weights")
     return config
 
 
@@ -201,10 +200,7 @@ def lock(workdir):
 
 
 def prepare(plan, config, remove, keep):
-    """Make the folder ready, without an earlier run if asked to `remove` it, and return the handle of lock().
-
-    It may be killed anywhere: the same command does the rest.
-    """
+    """Make the folder ready, without an earlier run if `remove`; returns the handle of lock().  It may be killed anywhere."""
     folder, before = plan.workdir, history(plan)
     handle = lock(folder)
     if not remove and checkpoint.latest_checkpoint(folder) != (plan.saved.path if plan.in_place else None):
