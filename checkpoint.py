@@ -255,8 +255,8 @@ def load_run(path):
     if isinstance(run, dict) and isinstance(run.get("teacher"), str):  # earlier versions kept its hash alone
         run = {**run, "teacher": {"path": "", "sha256": run["teacher"]}}
     check_mean(content["mean"], config, path)
-    weights = {name: content[name] for name in ("model", "ema", "optim")}
     try:
+        weights = {name: dict(content[name]) for name in ("model", "ema", "optim")}
         saved = Saved(Path(path), config, content.get("step", 0), content["mean"], **run, weights=weights)
         window, sums, files = saved.window, saved.window["sums"], [saved.origin, saved.teacher]
         counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, window["steps"], window["skipped"]]

@@ -165,7 +165,7 @@ def generate(trained, seeds, desc="sampling"):
 
 
 class Generated:
-    """The images of a Trained with these seeds, as a data set in memory.
+    """The images of a Trained with these seeds, as a data set that is drawn when it is read.
 
     poll() is called after each step of the solver, and may end the work by raising, as StopSignals.poll does on all ranks.
     """
