@@ -1,15 +1,9 @@
-"""Weights on disk: the one object that knows what a checkpoint holds, the average of the weights, and files of others.
-
-state = TrainingState(model, config, mean)
-state.restore(saved)               # saved = load_run(path), to go on
-state.save(workdir, keep=5)        # {workdir}/DDPMpp-{step}.pth, and latest.pth that points to it
-"""
+"""Weights on disk: TrainingState, which knows what a checkpoint holds, the average of the weights, and files of others."""
 
 import dist_util
 from dist_util import UserError
 
 import copy
-import dataclasses
 import math
 import os
 import re
@@ -17,6 +11,7 @@ import warnings
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,20 +34,15 @@ class EMA:
     @torch.no_grad()
     def update(self, module, step):
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
-        for mine, other in zip(self.module.buffers(), module.buffers()):
-            mine.copy_(other)
+        mine, other = ([*net.parameters(), *net.buffers()] for net in (self.module, module))
+        torch._foreach_lerp_(mine, other, 1 - decay)
 
 
 def build_model(config):
     """Denoiser of a configuration, with fresh weights; two times if the mode is characteristic."""
-    net, data = dataclasses.asdict(config.network), config.data
-    sigma_data, M = net.pop("sigma_data"), net.pop("M")
-    two_times = config.task.mode == "characteristic"
-
-    def make():
-        return network.UNet(data.image_size, data.image_channels, two_times=two_times, **net)
-
+    options = {**vars(config.network), "two_times": config.task.mode == "characteristic"}
+    sigma_data, M = options.pop("sigma_data"), options.pop("M")
+    make = partial(network.UNet, config.data.image_size, config.data.image_channels, **options)
     try:
         with torch.device("meta"):  # no memory: how large would it be?
             size = sum(p.numel() for p in make().parameters())
@@ -104,10 +94,7 @@ def point_to(path):
 
 
 def remove_old(workdir, keep):
-    """Keep a folder's last `keep` checkpoints, or all if 0, up to the one that latest.pth points to.
-
-    A later one stays too.  Its run was killed before pointing to it, and will write it again.
-    """
+    """Keep the last `keep` checkpoints up to that of latest.pth, or all if 0.  A later one stays: its run writes it again."""
     known, latest = checkpoints(workdir), latest_checkpoint(workdir)
     known = known[: known.index(latest) + 1] if latest in known else []
     for old in known[:-keep] if keep else []:
@@ -115,9 +102,9 @@ def remove_old(workdir, keep):
 
 
 def read(path):
-    """The content of a checkpoint, ours or somebody's, as a dict in which `ema` is a state dict of tensors, on the CPU.
+    """The content of a checkpoint, ours or of others, as a dict in which `ema` is a state dict; UserError for other files.
 
-    Tensors and plain values alone are loaded: no code in the file ever runs.  UserError says what kind of file it is instead.
+    Tensors and plain values alone are loaded, to the CPU: no code in the file ever runs.
     """
     try:
         with warnings.catch_warnings():  # of torch about tensors that are refused below
@@ -136,8 +123,6 @@ def read(path):
         raise UserError(f"{path} is damaged: its step is {step!r}")
     if type(written) is not int or written != FORMAT:
         raise UserError(f"{path} has format {written!r}, this version reads {FORMAT}: update the software")
-    if not all(x.layout is torch.strided and x.device.type == "cpu" for x in tensors_in(content)):
-        raise UserError(f"{path} is damaged: it holds tensors that are not dense or without values")
     return content
 
 
@@ -162,24 +147,16 @@ def find_weights(content, path):
                 return {**content, "ema": content[name]}
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):
             return {"ema": content}
-    held = (
-        f"it holds {', '.join(map(str, list(content)[:5]))}"
-        if isinstance(content, dict)
-        else f"it is a {type(content).__name__}"
-    )
+        held = f"it holds {', '.join(map(str, list(content)[:5]))}"
+    else:
+        held = f"it is a {type(content).__name__}"
     raise UserError(f"{path} is not a checkpoint: it has no 'model' and 'ema' state dicts; {held}")
 
 
-def tensors_in(content):
-    """All tensors in dicts and lists, which may be nested deeply or hold themselves."""
-    left, seen = [content], set()
-    while left:
-        value = left.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            left.extend(value.values() if isinstance(value, dict) else value)
+def is_finite(x):
+    """Whether a value of a checkpoint is a tensor of finite floating-point numbers, dense and on the CPU."""
+    dense = isinstance(x, torch.Tensor) and x.layout is torch.strided and x.device.type == "cpu" and not x.is_nested
+    return dense and x.is_floating_point() and bool(x.float().isfinite().all())
 
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # what DataParallel, compile and others put before every name
@@ -196,31 +173,25 @@ def load_weights(net, state, path):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             wrong.append(f"{', '.join(map(str, names[:3]))}{more} {what(names[0])}")
 
-    both = [k for k in own if k in state]
-    shapes = {k: tuple(getattr(state[k], "shape", ())) for k in both}
+    shapes = {k: tuple(getattr(state[k], "shape", ())) for k in own if k in state}
+    fit = [k for k in shapes if shapes[k] == own[k].shape]
     differ([k for k in own if k not in state], lambda _: "is missing")
     differ([k for k in state if k not in own], lambda _: "is unknown")
-    other = [k for k in both if not isinstance(state[k], torch.Tensor) or shapes[k] != own[k].shape]
-    differ(other, lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
-    if not wrong:
-        differ([k for k in both if not state[k].is_floating_point()], lambda k: f"holds {state[k].dtype}")
-    if not wrong:
-        differ([k for k in both if not state[k].float().isfinite().all()], lambda _: "is not finite")
+    differ([k for k in shapes if k not in fit], lambda k: f"is {shapes[k]}, not {tuple(own[k].shape)}")
+    differ([k for k in fit if not is_finite(state[k])], lambda _: "is not finite, or not of floating-point numbers")
     if wrong:
         raise UserError(f"{path} does not fit this network: {'; '.join(wrong)}")
     net.load_state_dict(state)
 
 
 def override(config, flags, path, sections=("task", "data", "network"), free=("dropout", "label_dropout"), advice=None):
-    """The configuration of the checkpoint `path` with explicit flags over it.
+    """The configuration of the checkpoint `path` with explicit flags over it; UserError lists those that may not differ.
 
-    UserError that lists the flags that differ in these sections, by default those that fix what the weights can be.  Flags in
-    `free`, and those of where and how the data is read, may differ.
+    These are all of `sections`, by default those that fix what the weights can be, but for `free` and how the data is read.
     """
     free = ("data_path", "num_workers", *free)
-    settings = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
-    changed = [(key, old) for key, old in settings.items() if flags.get(key, old) != old]
-    different = [f"--{defaults.flag_of(key)} is {flags[key]} and was {old}" for key, old in changed]
+    was = {key: value for name in sections for key, value in vars(getattr(config, name)).items() if key not in free}
+    different = [f"--{defaults.flag_of(k)} is {flags[k]} and was {old}" for k, old in was.items() if flags.get(k, old) != old]
     if different:
         raise UserError(f"{path} was made with other settings: {'; '.join(different)}: {advice or 'leave them out'}")
     return defaults.resolve(flags, config)
@@ -229,8 +200,7 @@ def override(config, flags, path, sections=("task", "data", "network"), free=("d
 def check_mean(mean, config, path):
     """UserError unless the mean that a checkpoint holds is that of images of its configuration."""
     shape = (config.data.image_channels, config.data.image_size, config.data.image_size)
-    fits = isinstance(mean, torch.Tensor) and tuple(mean.shape) == shape and mean.dtype == torch.float32
-    if not (fits and mean.isfinite().all()):
+    if not is_finite(mean) or mean.dtype != torch.float32 or mean.shape != shape:
         raise UserError(f"{path} is damaged: its mean is not a finite image of {shape}")
 
 
@@ -263,11 +233,8 @@ class Window:
         return {"steps": self.steps, "skipped": self.skipped, "sums": sums}
 
     def restore(self, content):
-        """The inverse; on another number of ranks each takes the mean of what they had."""
-        ranks = content["sums"]
-        if len(ranks) != dist_util.world_size():
-            ranks = [{name: sum(s[name] for s in ranks) / len(ranks) for name in ranks[0]}] * dist_util.world_size()
-        mine = ranks[dist_util.rank()]
+        """The inverse; on more ranks than before some take the sums of another, on fewer some sums are left out."""
+        mine = content["sums"][dist_util.rank() % len(content["sums"])]
         self.sums = {name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in mine.items()}
         self.steps, self.skipped = content["steps"], content["skipped"]
 
@@ -303,33 +270,30 @@ def load_run(path):
     if isinstance(run, dict) and isinstance(run.get("teacher"), str):  # earlier versions kept its hash alone
         run = {**run, "teacher": {"path": "", "sha256": run["teacher"]}}
     check_mean(content["mean"], config, path)
-    kinds = lambda values: {name: type(value) for name, value in values.items()}  # noqa: E731
-    weights = {name: content[name] for name in ("model", "ema", "optim")}
     try:
+        weights = {name: dict(content[name]) for name in ("model", "ema", "optim")}
         saved = Saved(Path(path), config, content.get("step", 0), content["mean"], **run, weights=weights)
-        sums, origin, teacher = saved.window["sums"], saved.origin, saved.teacher
-        counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, saved.window["steps"], saved.window["skipped"]]
-        numbers = [value for part in sums for value in part.values()]
+        window, sums, files = saved.window, saved.window["sums"], [saved.origin, saved.teacher]
+        counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, window["steps"], window["skipped"]]
+        counts += [saved.origin["step"]] if saved.origin else []
+        numbers = [saved.ratio or 0.0, *(value for part in sums for value in part.values())]
         whole = [
-            len(sums) == saved.ranks and all(type(n) is int and 0 <= n < 2**63 for n in counts),
-            all(part.keys() == sums[0].keys() and set(map(type, part)) <= {str} for part in sums),
+            len(sums) == saved.ranks and all(sorted(part) == sorted(sums[0]) for part in sums),
+            all(type(n) is int and 0 <= n < 2**63 for n in counts),
             all(type(value) is float and math.isfinite(value) for value in numbers),
-            origin is None or kinds(origin) == {"path": str, "sha256": str, "step": int},
-            teacher is None or kinds(teacher) == {"path": str, "sha256": str},
-            saved.ratio is None or type(saved.ratio) is float and math.isfinite(saved.ratio),
+            all(file is None or type(file["path"]) is type(file["sha256"]) is str for file in files),
         ]
         if not all(whole):
             raise ValueError("values of another kind")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever values of another kind run into
         raise UserError(f"what {path} holds of its run cannot be continued: it is damaged, or of another version") from error
     return saved
 
 
 class TrainingState:
-    """All that changes while a run trains, and what else its checkpoints hold: the one object that saves and restores it.
+    """All that changes while a run trains, and what else its checkpoints hold; alone in knowing their keys.
 
-    Every random number of training is drawn from a generator seeded by (seed, purpose, step, round, rank), so the random
-    state is the seed and the step.
+    All random numbers come from generators seeded by (seed, purpose, step, round, rank): seed and step are the random state.
     """
 
     def __init__(self, model, config, mean, images=0, data="", origin=None, teacher=None):
@@ -349,20 +313,15 @@ class TrainingState:
 
     def _load_optimizer(self, state, path):
         """load_state_dict but for the settings, which stay; UserError unless every parameter has its state."""
-        parameters = list(self.model.parameters())
         try:
-            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"].keys()))]
-            whole = bool(states)
-            for s in states:
-                whole = whole and s.keys() == {"step", "exp_avg", "exp_avg_sq"} and s["step"].shape == () and s["step"] >= 0
-                whole = whole and all(v.dtype == torch.float32 and v.isfinite().all() for v in s.values())
-                whole = whole and bool((s["exp_avg_sq"] >= 0).all())
-            fits = all(s[k].shape == p.shape for p, s in zip(parameters, states) for k in ("exp_avg", "exp_avg_sq"))
+            states = [{k: v.clone() for k, v in state["state"][i].items()} for i in range(len(state["state"]))]
+            for p, s in zip(self.model.parameters(), states, strict=True):
+                shapes = {k: v.shape for k, v in s.items()}
+                finite = all(is_finite(v) and v.dtype == torch.float32 for v in s.values())
+                if not finite or shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} or s["step"] < 0:
+                    raise ValueError("values of another kind")
         except Exception as error:  # whatever another dict runs into
             raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error
-        if not whole or not fits or len(states) != len(parameters):
-            why = "it is damaged" if not whole else "it is that of another network"
-            raise UserError(f"{path} does not hold the optimizer of this run: {why}")
         groups = self.optim.state_dict()["param_groups"]
         self.optim.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
 
@@ -372,24 +331,17 @@ class TrainingState:
         return all(dist_util.gather(all(bool(x.isfinite().all()) for net in nets for x in net.state_dict().values())))
 
     def save(self, workdir, keep=0):
-        """{workdir}/DDPMpp-{step}.pth, atomically; returns the path.  All ranks call this together; the first one writes.
+        """Write {workdir}/DDPMpp-{step}.pth and return its path; all ranks call this together, and the first one writes.
 
-        Only then latest.pth is pointed to it, and only then old ones are removed: what latest.pth points to is always whole.
+        latest.pth is moved on after that, and old ones are removed last: what latest.pth points to is always whole.
         """
         path = Path(workdir) / f"DDPMpp-{self.step:06d}.pth"
-        run = {"ranks": dist_util.world_size(), "bsz": self.config.train.bsz, **self.facts}
-        run |= {"skipped": self.skipped, "window": self.window.content()}
-        content = {
-            "model": self.model.net.state_dict(),
-            "ema": self.ema.module.net.state_dict(),
-            "optim": self.optim.state_dict(),
-            "step": self.step,
-            "config": defaults.to_dict(self.config),
-            "mean": self.mean.cpu(),
-            "random": {"seed": self.config.train.seed, "step": self.step},
-            "run": run,
-            "format": FORMAT,
-        }
+        net, ema = self.model.net, self.ema.module.net
+        content = {"model": net.state_dict(), "ema": ema.state_dict(), "optim": self.optim.state_dict(), "step": self.step}
+        content |= {"config": defaults.to_dict(self.config), "mean": self.mean.cpu(), "format": FORMAT}
+        content["random"] = {"seed": self.config.train.seed, "step": self.step}
+        content["run"] = {**self.facts, "ranks": dist_util.world_size(), "bsz": self.config.train.bsz}
+        content["run"] |= {"skipped": self.skipped, "window": self.window.content()}
 
         def write():
             with misc.atomic(path) as temporary, open(temporary, "wb") as file:  # torch would write a name into the file

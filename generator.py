@@ -7,7 +7,8 @@ states = model.states(range(8))              # list of (8, C, H, W), from noise 
 
 from dist_util import UserError
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -38,8 +39,7 @@ class Trained:
 
     def with_steps(self, num_steps):
         """The same model, to be sampled in another number of steps."""
-        config = self.config.replace("sampling", num_steps=num_steps)
-        return Trained(self.model, config, self.mean, self.step, self.path, self.knows_mean)
+        return replace(self, config=self.config.replace("sampling", num_steps=num_steps))
 
     def images(self, seeds):
         """uint8 images (N, C, H, W) of a sequence of seeds."""
@@ -54,65 +54,50 @@ class Trained:
         plain = defaults.to_dict(self.config)
         if self.is_flow_map:  # which uses none of these
             plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in ("ode_solver", "sde", *CHURN)}
-        return {
-            "checkpoint": str(self.path),
-            "sha256": misc.file_hash(self.path),
-            "step": self.step,
-            "nfe": nfe(self.config),
-            "start_seed": seeds[0],
-            "end_seed": seeds[-1],
-            "config": plain,
-        }
+        file = {"checkpoint": str(self.path), "sha256": misc.file_hash(self.path), "step": self.step}
+        return {**file, "nfe": nfe(self.config), "start_seed": seeds[0], "end_seed": seeds[-1], "config": plain}
 
 
 def load_model(path, flags=(), device="cpu"):
-    """Trained model of a checkpoint, with explicit flags, a dict, over its settings of sampling.
+    """The Trained of a checkpoint, with flags {setting: value} over its settings of sampling; UserError where they disagree.
 
-    A checkpoint without configuration, as others publish, takes everything from flags and presets.  UserError where flags,
-    weights and configuration disagree.
+    A checkpoint without configuration, as others publish, takes everything from flags and presets.
     """
     content, flags = checkpoint.read(path), {"precision": "fp32", "compile": False, **dict(flags)}  # not as it was trained
-    two_times = any(".affine_s." in str(k) for k in content["ema"])
     if "config" in content:
         config = checkpoint.override(defaults.from_dict(content["config"]), flags, path)
+    elif "data_name" not in flags:
+        raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
     else:
-        if "data_name" not in flags:
-            raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
-        mode = "characteristic" if two_times else "denoiser"
+        mode = "characteristic" if any(".affine_s." in str(name) for name in content["ema"]) else "denoiser"
         if flags.setdefault("mode", mode) != mode:
             raise UserError(f"--mode is {flags['mode']}, but the weights in {path} are those of mode {mode}")
         config = defaults.resolve(flags)
-    model = checkpoint.build_model(config)
+    model = checkpoint.build_model(config).eval().requires_grad_(False)
     checkpoint.load_weights(model.net, content["ema"], path)
-    mean = content.get("mean")
-    knows_mean = mean is not None
+    data, knows_mean = config.data, "mean" in content
     if not knows_mean:
         misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
-        mean = torch.zeros(config.data.image_channels, config.data.image_size, config.data.image_size)
+    mean = content.get("mean", torch.zeros(data.image_channels, data.image_size, data.image_size))
     checkpoint.check_mean(mean, config, path)
-    model = model.eval().requires_grad_(False).to(device)
     if config.speed.compile:
         model.net.compile(dynamic=False)
-    return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
+    return Trained(model.to(device), config, mean.to(device), content.get("step", 0), path, knows_mean)
 
 
 def check_seeds(start, end):
     """UserError unless start ... end are seeds of images: torch's CPU generator tells 2^32 seeds apart, and no more."""
-    if not 0 <= start <= end:
-        raise UserError(f"--start_seed {start} --end_seed {end}: seeds run from 0, start to end, both included")
-    if end - start >= 10**7 or end >= 2**32:
-        raise UserError(f"--start_seed {start} --end_seed {end}: at most 10000000 seeds, each below 2^32")
+    if not 0 <= start <= end < min(start + 10**7, 2**32):
+        rule = "seeds run from 0, start to end, both included: at most 10000000 seeds, each below 2^32"
+        raise UserError(f"--start_seed {start} --end_seed {end}: {rule}")
 
 
 class SeedNoise:
-    """Standard normals (B, *shape), image i from a generator of its own, seeded with seeds[i].
-
-    Drawn on the CPU, so that an image depends neither on its batch nor on the device.
-    """
+    """Standard normals (B, *shape), drawn on the CPU, image i by a generator with seeds[i]: batch and device change nothing."""
 
     def __init__(self, seeds, shape, device):
-        check_seeds(min(seeds), min(seeds))
-        check_seeds(max(seeds), max(seeds))
+        for seed in (min(seeds), max(seeds)):
+            check_seeds(seed, seed)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.shape, self.device = shape, device
 
@@ -123,13 +108,10 @@ class SeedNoise:
 def trajectory(config, model, x, noise, label=None):
     """Yield the states from x, at t = 1 - eval_eps1, to data, as the sampling settings say.
 
-    model(x, t [, s], label=label) is the denoiser, with s that of a flow map; noise() gives normals of x's shape.
+    model(x, t [, s], label=label) is the denoiser, or that of a flow map with s; noise() gives normals of x's shape.
     """
     sampling = config.sampling
-    t_max = 1 - sampling.eval_eps1
-
-    def denoise(x, t):
-        return model(x, t, label=label)
+    t_max, denoise = 1 - sampling.eval_eps1, partial(model, label=label)
 
     def churn(x, t):
         if sampling.s_min <= t[0] <= sampling.s_max:
@@ -137,9 +119,9 @@ def trajectory(config, model, x, noise, label=None):
         return x, t
 
     if config.task.mode == "characteristic":
-        step = lambda x, t, s: sde.transport(x, model(x, t, s, label=label), t, s)  # noqa: E731
+        step = lambda x, t, s: sde.transport(x, denoise(x, t, s), t, s)
     elif sampling.sde:
-        step = lambda x, t, s: sde.ancestral_step(denoise, noise, x, t, s)  # noqa: E731
+        step = partial(sde.ancestral_step, denoise, noise)
     else:
         step = sde.solver(sampling.ode_solver, denoise)
     ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
@@ -154,8 +136,7 @@ def nfe(config):
         calls.append(t)
         return x
 
-    for _ in trajectory(config, model, torch.zeros(1, 1), lambda: torch.zeros(1, 1)):
-        pass
+    list(trajectory(config, model, torch.zeros(1, 1), lambda: torch.zeros(1, 1)))
     return len(calls)
 
 
@@ -163,8 +144,7 @@ def nfe(config):
 def solve(trained, seeds):
     """Yield the states (B, C, H, W), from noise to data, of the images with these seeds; the last are the images.
 
-    Draws of each image's generator: the latent, then its class if the model is conditional and none is asked for, then what
-    churn or the SDE need.
+    A generator draws the latent, then the class of a conditional model if none is asked for, then what churn or the SDE need.
     """
     config, mean = trained.config, trained.mean
     noise = SeedNoise(seeds, mean.shape, mean.device)
@@ -178,19 +158,18 @@ def solve(trained, seeds):
 
 def generate(trained, seeds, desc="sampling"):
     """Yield (seeds, uint8 images (B, C, H, W)) in batches of eval_bsz, with a progress bar."""
-    images, bsz = Generated(trained, seeds), trained.config.sampling.eval_bsz
+    bsz = trained.config.sampling.eval_bsz
     with misc.progress(len(seeds), desc) as bar:
         for start in range(0, len(seeds), bsz):
-            batch = range(start, min(start + bsz, len(seeds)))
-            yield seeds[start : start + bsz], images.batch(batch)[0]
+            batch = seeds[start : start + bsz]
+            yield batch, Generated(trained, batch).batch(range(len(batch)))[0]
             bar.update(len(batch))
 
 
 class Generated:
-    """The images of a trained model with these seeds, as a data set that never touches the disk.
+    """The images of a Trained with these seeds, as a data set that is drawn when it is read.
 
-    poll() is called after each step of the solver.  By raising, it ends work that takes long; StopSignals.poll ends it on all
-    ranks together.
+    poll() is called after each step of the solver, and may end the work by raising, as StopSignals.poll does on all ranks.
     """
 
     def __init__(self, trained, seeds, poll=None):

@@ -5,13 +5,12 @@
 {workdir}/metrics.jsonl, loss.png           a line every log_freq steps, and what it looks like
 {workdir}/samples/{step}.png                grids of images
 {workdir}/bank-{rank}.bin, .json            stage 2's bank, while the run is under way
-{workdir}/.lock                             held by the run that writes here; names the jobs of torchrun that did
+{workdir}/.lock                             held by the run that writes here
 """
 
 import dist_util
 from dist_util import LoneError, UserError
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -54,20 +53,20 @@ class Plan:
 
 
 def make_plan(run, flags, device):
-    """The Plan of a command, or UserError.
-
-    What --workdir holds is continued; --resume names what a new --workdir begins from; --fresh begins anew.  A run that
-    continues takes its settings from its checkpoint, a student its data and network from its teacher.
-    """
-    check_flags(run)
+    """The Plan of a command: a run that goes on keeps its settings, a student takes data and network from its teacher."""
+    if run.keep < 0:
+        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
+    if run.resume and run.fresh:
+        raise UserError("--resume continues and --fresh begins anew: leave one out")
+    if run.force and not run.fresh:
+        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
     workdir = choose_folder(run, flags)
     held = None if begins_anew(run, workdir) else load_last(workdir)
     named = load_named(run, workdir, held)
     saved = held or named
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
-    if named and not held and flags.get("mode", mode) != mode:
-        stage_2 = "stage 2 begins with --teacher alone"
-        raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; {stage_2}")
+    if named and flags.get("mode", mode) != mode:
+        raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 takes --teacher alone")
     if mode == "characteristic":
         flags = {defaults.IN_STAGE_2.get(name, name): value for name, value in flags.items()}
         if flags.get("label_dropout"):
@@ -80,93 +79,67 @@ def make_plan(run, flags, device):
     if not saved:
         inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0} if teacher else {}
         config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
-    if saved and (saved.step > config.train.train_steps or saved.step == config.train.train_steps and not held):
+    if saved and (saved.step > config.train.train_steps or named and named.step == config.train.train_steps):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
     check_room(config, workdir)
     origin = held.origin if held else None
-    if named and not held:
+    if named:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
     return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None)
 
 
-def check_flags(run):
-    if run.resume and run.fresh:
-        raise UserError("--resume continues and --fresh begins anew: leave one out")
-    if run.force and not run.fresh:
-        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
-    if run.keep < 0:
-        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
-
-
 def choose_folder(run, flags):
     """--workdir, or logs/{data_name}-{mode} with what flags, --resume and --teacher say."""
-    said = {"data_name": "digits", "mode": "denoiser"}
-    before = run.resume or (run.teacher if flags.get("mode") == "characteristic" else None)
+    config, before = defaults.Config(), run.resume or (run.teacher if flags.get("mode") == "characteristic" else None)
     if before and not run.workdir:
-        content = checkpoint.read(before)
-        config = defaults.from_dict(content["config"]) if "config" in content else defaults.Config()
-        said = {"data_name": config.data.data_name, "mode": config.task.mode}
-    said |= flags
-    folder = Path(run.workdir or f"logs/{said['data_name']}-{said['mode']}")
+        config = defaults.from_dict(checkpoint.read(before).get("config", {}))
+    data_name, mode = flags.get("data_name", config.data.data_name), flags.get("mode", config.task.mode)
+    folder = Path(run.workdir or f"logs/{data_name}-{mode}")
     misc.check_folder(folder, "workdir")
     return folder
 
 
 def begins_anew(run, workdir):
-    """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force.
-
-    Not if torchrun has started the job again, after a process died or a machine came or went: a restart is to go on.  The
-    folder's .lock names the jobs that began here.  torchrun calls all jobs without an id "none": these overwrite nothing.
-    """
-    if not run.fresh or not checkpoint.latest_checkpoint(workdir):
-        return run.fresh
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    with suppress(OSError):
-        if job != "none" and job in (workdir / ".lock").read_text().splitlines():
-            return False
-    if not run.force or job == "none":
-        advice = "add --force" if not run.force else "give torchrun --standalone or a --rdzv_id, which tells restarts apart"
+    """Whether --fresh is to begin anew here; UserError where that would overwrite a run without --force, or under torchrun."""
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # a job that it starts again would remove what it has done itself
+    if run.fresh and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UserError("--fresh would begin anew at each restart: leave out --fresh, or torchrun's --max-restarts")
+    if run.fresh and checkpoint.latest_checkpoint(workdir) and (torchrun or not run.force):
+        advice = "leave --fresh out (torchrun may start a job again: no --force there)" if torchrun else "add --force"
         raise UserError(f"--workdir {workdir} holds a run, which --fresh would overwrite: choose another, or {advice}")
-    return True
+    return run.fresh
 
 
 def load_last(workdir):
-    """The Saved of a folder's last checkpoint, None without one; UserError says what to remove if it is lost or damaged."""
+    """The Saved of a folder's last checkpoint, None without one; UserError says what to do if it is lost or damaged."""
     latest = checkpoint.latest_checkpoint(workdir)
     if latest is None and (workdir / "latest.pth").exists():
         raise UserError(f"{workdir}/latest.pth is no link to a checkpoint: call it DDPMpp-000000.pth, with its step, to go on")
     if latest is None:
         return None
-    if not latest.exists():
-        advice = "put it back, or remove latest.pth to continue from the last checkpoint there is"
-        raise UserError(f"{workdir}/latest.pth points to {latest.name}, which is missing: {advice}")
     try:
         return checkpoint.load_run(latest)
     except UserError as error:
-        raise UserError(f"{error}: remove it and {workdir}/latest.pth to continue from the checkpoint before it") from error
+        advice = f"put a good one there, or remove it and {workdir}/latest.pth to continue from the checkpoint before it"
+        raise UserError(f"{error}: {advice}") from error
 
 
 def load_named(run, workdir, held):
-    """The Saved that --resume names, None without it or where the run in --workdir, `held`, began from that path.
+    """The Saved that --resume names; None without it, and where --workdir holds a run, `held`, which goes on instead.
 
-    UserError if --workdir holds a run that did not begin from it.
+    --resume may then name what that run began from, whatever became of it, or its own latest.pth; else UserError.
     """
-    if not run.resume or held and held.origin and held.origin["path"] == os.path.abspath(run.resume):
-        return None  # the same command again: what was there may have gone on, or be gone
-    named = checkpoint.load_run(run.resume)
-    if held and named.path.parent.resolve() == workdir.resolve():
-        if named.path.name != "latest.pth":
-            raise UserError(f"--workdir {workdir} goes on from its last checkpoint: leave --resume out, or choose another")
-    elif held and not (held.origin and held.origin["sha256"] == misc.file_hash(named.path)):
-        raise UserError(f"--workdir {workdir} holds a run that did not begin from {named.path}: choose another folder")
-    return named
+    if not held:
+        return checkpoint.load_run(run.resume) if run.resume else None
+    known = (held.origin and held.origin["path"], os.path.abspath(workdir / "latest.pth"))
+    if run.resume and os.path.abspath(run.resume) not in known:
+        advice = "leave --resume out to go on from its last checkpoint, or choose another folder"
+        raise UserError(f"--workdir {workdir} holds a run that did not begin from {run.resume}: {advice}")
+    return None
 
 
 def find_teacher(run, flags, mode, saved, device):
-    """(the denoiser that stage 2 distils, its file's path and sha256); (None, None) in stage 1.
-
-    A run that continues knows its teacher's file, and --teacher may be left out while that is the same.
-    """
+    """(teacher of stage 2, its file's path and sha256), or (None, None) in stage 1; a run that continues knows its file."""
     if mode == "denoiser":
         if run.teacher:
             raise UserError("--teacher is for stage 2: add --mode characteristic, or leave it out")
@@ -177,14 +150,12 @@ def find_teacher(run, flags, mode, saved, device):
         raise UserError("--teacher is missing: stage 2 needs the checkpoint of stage 1")
     if not run.teacher and not Path(path).is_file():
         raise UserError(f"the teacher of {saved.path} is no longer at {path}: say where it is with --teacher")
-    own = {f.name for section in (defaults.Data, defaults.Network) for f in dataclasses.fields(section)}
-    teacher = generator.load_model(path, {k: v for k, v in flags.items() if k in own}, device)
+    teacher = generator.load_model(path, {name: value for name, value in flags.items() if name != "mode"}, device)
     if teacher.is_flow_map:
         raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
     digest = misc.file_hash(path)
     if known and known["sha256"] != digest:
-        advice = "name that one with --teacher, or begin a new run"
-        raise UserError(f"{path} is not the teacher that {saved.path} began with: {advice}")
+        raise UserError(f"{path} is not the teacher that {saved.path} began with: name that with --teacher, or begin a new run")
     return teacher, {"path": os.path.abspath(path), "sha256": digest}
 
 
@@ -217,10 +188,7 @@ def check_data(images, plan):
 
 
 def fit_to_ranks(plan, flags):
-    """The configuration with a --bsz that suits the ranks: a run that continues on others may need another; or UserError.
-
-    Says what is no longer as it would have been, and what may be a slip.
-    """
+    """The configuration, with another --bsz where a run continues on ranks that need it, or UserError; logs what differs."""
     config, saved, world = plan.config, plan.saved, dist_util.world_size()
     train = config.train
     share, rest = divmod(train.global_bsz, world)
@@ -234,9 +202,8 @@ def fit_to_ranks(plan, flags):
     if saved and train.lr_decay == "cosine" and saved.config.train.train_steps != train.train_steps:
         misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
     if saved and (saved.ranks, saved.bsz) != (world, config.train.bsz):
-        now, before = f"{world} rank{'s' * (world > 1)} of {config.train.bsz}", f"{saved.ranks} of {saved.bsz}"
-        differ = "each step sees the same images, but noise, dropout and stage 2's bank are other draws"
-        misc.log(f"continuing on {now} what ran on {before}: {differ}, so that the weights will not be the same")
+        ranks = f"{world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {saved.ranks} of {saved.bsz}"
+        misc.log(f"continuing on {ranks}: the same images, but other draws of noise, dropout and bank, and so other weights")
     return config
 
 
@@ -244,55 +211,37 @@ def lock(workdir):
     """A handle on {workdir}/.lock that keeps other runs out for as long as this process lives; UserError if one is in."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(workdir / ".lock", "a+")  # noqa: SIM115
-        for attempt in range(10, -1, -1):
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not attempt:
-                    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another") from error
-                time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
-            except OSError:  # a file system without locks
-                break
+        handle = open(workdir / ".lock", "a")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"cannot write {workdir}: {error.strerror}; choose another --workdir") from error
-    return handle
+    for _ in range(11):
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            time.sleep(0.5)  # it may be a process of this command that was killed and is still leaving
+        except OSError:  # a file system without locks
+            return handle
+    raise UserError(f"--workdir {workdir} is in use by another run: wait for it, or choose another")
 
 
 def prepare(plan, config, remove, keep):
-    """Make the folder ready for a run, and keep other runs out: returns the handle of lock().
-
-    Removes an earlier run if asked to `remove` it, notes the job of torchrun, and writes config.json and the lines of
-    metrics.jsonl that come before the first step.  It may be killed anywhere.  The job is noted after everything is removed, so
-    that a restart never takes what is left of an earlier run for its own.
-    """
+    """Make the folder ready, without an earlier run if `remove`; returns the handle of lock().  It may be killed anywhere."""
     folder, before = plan.workdir, history(plan)
     handle = lock(folder)
     if not remove and checkpoint.latest_checkpoint(folder) != (plan.saved.path if plan.in_place else None):
         raise UserError(f"--workdir {folder} has just been written to by another run: start the command again")
     for place in (folder, folder / "samples"):
         misc.remove_leftovers(place)
-    try:
-        if remove:
-            handle.truncate(0)
-            names = ("latest.pth", "metrics.jsonl", "loss.png")
-            for path in (*checkpoint.checkpoints(folder), *(folder / name for name in names)):
-                path.unlink(missing_ok=True)
-            remove_banks(folder)
-            shutil.rmtree(folder / "samples", ignore_errors=True)
-        handle.seek(0)  # to open the file again and close it would give up the lock
-        job = os.environ.get("TORCHELASTIC_RUN_ID")
-        if job and job not in handle.read().splitlines():
-            handle.write(f"{job}\n")
-            handle.flush()
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --workdir") from error
-    if plan.in_place:  # it may have been killed before
-        checkpoint.remove_old(folder, keep)
     misc.write_json(folder / "config.json", defaults.to_dict(config))
     with misc.atomic(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in before))
+    if remove:
+        for path in (*checkpoint.checkpoints(folder), *folder.glob("bank-*"), folder / "latest.pth", folder / "loss.png"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    if plan.in_place:  # it may have been killed before
+        checkpoint.remove_old(folder, keep)
     return handle
 
 
@@ -300,8 +249,8 @@ class Bank:
     """Batches of the teacher's solutions: `states` (slots, *shape), each slot with the batch of a number.
 
     A run keeps them in {folder}/bank-{rank}.bin, which is the memory of `states` on a CPU and mirrors it on a GPU.  Beside it,
-    .json says which batch each slot holds, its CRC-32, and what the batches were made from, `about`: a run that continues
-    computes again what it lacks.  Without a folder they are in memory alone.  UserError if the disk has no room, LoneError later.
+    .json says which batch each slot holds, its CRC-32, and what the batches are made from, `about`: a run that continues
+    computes again what it lacks.  Without a folder they are in memory alone.  UserError if the disk has no room.
     """
 
     def __init__(self, folder, about, slots, shape, dtype, device):
@@ -384,27 +333,22 @@ def append_metrics(workdir, line):
         raise LoneError(f"cannot write {workdir}/metrics.jsonl: {error.strerror}; free some space") from error
 
 
-PANELS = {  # title: what a line of metrics.jsonl may call it
-    "denoising loss": ("denoising", "loss"),  # stage 1 logs it as its loss
-    "distance": ("distance",),
-    "learning rate": ("lr",),
-    "pixel FID": ("pixel_fid",),
-    "FID": ("fid",),
-}
+# Titles of panels, by what lines of metrics.jsonl hold; stage 1 calls its loss `loss`, stage 2 `denoising`.
+PANELS = {"loss": "denoising loss", "denoising": "denoising loss", "distance": "distance", "lr": "learning rate"}
+PANELS |= {"pixel_fid": "pixel FID", "fid": "FID"}
 
 
 def draw_curves(workdir):
     """loss.png from metrics.jsonl: a panel for each thing that it holds."""
-    lines, curves = read_metrics(workdir), {}
-    distils = any("distance" in line for line in lines)
-    for title, names in PANELS.items():
-        names = names[:1] if distils else names  # stage 2's loss is a sum whose weight drifts
-        points = [(line["step"], next(line[n] for n in names if n in line)) for line in lines if set(names) & set(line)]
-        if points:
-            curves[title] = points
-    if curves:
-        figure, axes = misc.new_figure(len(curves), 3.2 * len(curves), 2.8)
-        for ax, (title, points) in zip(axes, curves.items()):
-            ax.plot(*zip(*points), "." if len(points) == 1 else "-")
-            ax.set(title=title, xlabel="step", yscale="linear" if title == "learning rate" else "log")
+    lines = read_metrics(workdir)
+    held = {name for line in lines for name in line}
+    if "distance" in held:
+        held.discard("loss")  # stage 2's is a sum whose weight drifts
+    shown = [name for name in PANELS if name in held]
+    if shown:
+        figure, axes = misc.new_figure(len(shown), 3.2 * len(shown), 2.8)
+        for ax, name in zip(axes, shown):
+            steps, values = zip(*((line["step"], line[name]) for line in lines if name in line))
+            ax.plot(steps, values, "." if len(steps) == 1 else "-")
+            ax.set(title=PANELS[name], xlabel="step", yscale="linear" if name == "lr" else "log")
         misc.write_figure(workdir / "loss.png", figure, dpi=100)

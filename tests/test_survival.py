@@ -249,15 +249,11 @@ dist_util.launch(train.main)
 
 @pytest.mark.parametrize("machines", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path, teacher, machines):
-    """--fresh does not begin anew then, nor does --force remove anything."""
     (tmp_path / "script.py").write_text(DIES_ONCE)
     arguments = command("trajectory", teacher)
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "DDPMpp-000099.pth").write_bytes(b"an earlier run")
-    again = ["--workdir", tmp_path / "killed", "--fresh", "--force"]
     meet = ["--rdzv_backend", "c10d", "--rdzv_id", "job", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     options = ["--nnodes", machines, "--nproc_per_node", 2 // machines, "--max-restarts", 1, *meet]
-    script = [*torchrun(*options), tmp_path / "script.py", *arguments[1:], *again]
+    script = [*torchrun(*options), tmp_path / "script.py", *arguments[1:], "--workdir", tmp_path / "killed"]
     agents = [start(script, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(machines - 1)) for _ in range(machines)]
     errs = [agent.communicate(timeout=120)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0] * machines, errs
@@ -485,28 +481,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, error):
 # ---------------------------------------------------------------------------------------------------- work that goes on
 
 
-def kill_when_jobs_are_noted():
-    real = workdir.lock
-
-    def locked(folder):
-        lock = real(folder)
-        lock.seek = lambda *place: os.kill(os.getpid(), signal.SIGKILL)
-        return lock
-
-    workdir.lock = locked
-
-
-def test_a_restart_that_is_killed_while_it_notes_its_job_leaves_the_run_to_the_next(tmp_path):
-    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
-    job = {"environment": {"TORCHELASTIC_RUN_ID": "job7", "TORCHELASTIC_RESTART_COUNT": "1"}}
-    first = {"environment": {"TORCHELASTIC_RUN_ID": "job7"}, "fault": ("step", 8)}
-    assert Job(tmp_path / "first", *shared, **first).wait() == [-signal.SIGKILL]
-    killed = Job(tmp_path / "killed", *shared, **job, prepare=kill_when_jobs_are_noted)
-    assert killed.wait() == [-signal.SIGKILL]
-    last = Job(tmp_path / "last", *shared, **job)
-    assert last.wait() == [0] and "at step 6 of 12" in last.err(), last.err()
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_statistics_that_an_interruption_left_out_are_made_by_the_same_command(tmp_path, teacher, ranks):
     command = ["fid.py", "--mode", "gen", "--checkpoint", teacher, "--end_seed", "20", "--num_steps", "3", "--dest"]
@@ -557,7 +531,7 @@ def test_images_that_an_interruption_left_out_are_made_and_the_others_left_alone
 def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     """The elastic command of the README: --nnodes 1:2, then everything of one agent is killed."""
     length = ["--train_steps", "150", "--dump_freq", "10", "--log_freq", "10", "--sampling_freq", "0"]
-    shared = ["train.py", *SMALL, *length, "--workdir", tmp_path / "run", "--fresh", "--force"]
+    shared = ["train.py", *SMALL, *length, "--workdir", tmp_path / "run"]
     options = ["--nnodes", "1:2", "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "job", "--max-restarts", 2]
     options += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     options += ["--rdzv_conf", "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"]

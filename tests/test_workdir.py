@@ -53,7 +53,7 @@ def test_another_workdir_begins_from_the_checkpoint_that_resume_names(tmp_path):
     other = [*resume[:-1], tmp_path / "whole" / "DDPMpp-000003.pth", "--train_steps", "9"]
     assert "did not begin from" in run(*other, expect=2).stderr
     back = [*resume[:-3], tmp_path / "whole", *resume[-2:]]
-    assert "goes on from its last checkpoint" in run(*back, expect=2).stderr
+    assert "leave --resume out to go on from its last checkpoint" in run(*back, expect=2).stderr
 
 
 def test_a_run_that_continues_takes_its_settings_from_its_checkpoint(tmp_path):
@@ -124,27 +124,24 @@ def test_fresh_begins_anew_only_where_it_destroys_nothing_unless_forced(tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "other")
 
 
-def test_fresh_goes_on_when_torchrun_starts_it_again_and_only_then(tmp_path):
-    """For whatever reason it does, a machine that joins too, of which torchrun's count of restarts says nothing."""
-    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
-    job = {"environment": {"TORCHELASTIC_RUN_ID": "job7"}}
-    assert Job(tmp_path / "first", *shared, **job, fault=("step", 8)).wait() == [-signal.SIGKILL]
-    again = Job(tmp_path / "again", *shared, **job)
-    assert again.wait() == [0] and "at step 6 of 12" in again.err(), again.err()
-    for name, options in (("other", {"environment": {"TORCHELASTIC_RUN_ID": "other"}}), ("alone", {})):
-        anew = Job(tmp_path / name, *shared, **options)
-        assert anew.wait() == [0] and "continuing" not in anew.err(), anew.err()
+def test_fresh_under_torchrun_overwrites_nothing(tmp_path):
+    """It may start a job again, for a machine that joins too, of which its count of restarts says nothing."""
+    shared, torchrun = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"], {"TORCHELASTIC_RUN_ID": "job7"}
+    assert Job(tmp_path / "first", *shared, environment=torchrun, fault=("step", 8)).wait() == [-signal.SIGKILL]
+    again = Job(tmp_path / "again", *shared, environment=torchrun)
+    assert again.wait() == [2] and "or leave --fresh out (torchrun may start a job again" in again.err(), again.err()
+    going_on = Job(tmp_path / "on", *STAGE_1, "--workdir", tmp_path / "run", environment=torchrun)
+    assert going_on.wait() == [0] and "at step 6 of 12" in going_on.err(), going_on.err()
+    anew = Job(tmp_path / "alone", *shared)
+    assert anew.wait() == [0] and "continuing" not in anew.err(), anew.err()
 
 
-def test_fresh_of_a_job_without_an_id_overwrites_nothing(tmp_path):
-    """torchrun calls all of them "none", so that a restart could not be told from another job."""
-    shared = [*STAGE_1, "--fresh", "--force", "--workdir", tmp_path / "run"]
-    for count in "01":
-        nameless = {"environment": {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": count}}
-        first = Job(tmp_path / f"first{count}", *shared, **nameless, fault=("step", 8))
-        assert first.wait() == [-signal.SIGKILL if count == "0" else 2]
-        refused = Job(tmp_path / f"refused{count}", *shared, **nameless)
-        assert refused.wait() == [2] and "give torchrun --standalone or a --rdzv_id" in refused.err(), refused.err()
+def test_fresh_is_refused_where_torchrun_may_restart(tmp_path):
+    """Before anything is trained, not after the first restart."""
+    restarts = {"TORCHELASTIC_RUN_ID": "job7", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    job = Job(tmp_path / "log", *STAGE_1, "--fresh", "--workdir", tmp_path / "run", environment=restarts)
+    assert job.wait() == [2] and "leave out --fresh, or torchrun's --max-restarts" in job.err(), job.err()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_takes_one_run_at_a_time(tmp_path):
