@@ -63,7 +63,8 @@ def flops(config):
             torch.empty(1),
         )
         times = [t, t] if config.task.mode == "characteristic" else [t]
-        net(x, *times, label=torch.empty(1, network.label_dim) if network.label_dim else None).sum().backward()
+        out = net(x, *times, label=torch.empty(1, network.label_dim) if network.label_dim else None)
+        torch.autograd.backward(out.sum())
     return counter.get_total_flops()
 
 

@@ -27,6 +27,7 @@ os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name, which 
 import datetime  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
+import warnings  # noqa: E402
 from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
 
 import torch  # noqa: E402
@@ -281,6 +282,7 @@ def parallel(model, static=False):
     """
     if not dist.is_initialized():
         return model
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions in bfloat16
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": static}
     return torch.nn.parallel.DistributedDataParallel(model, **options)
 
