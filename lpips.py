@@ -15,7 +15,6 @@ class LPIPS(torch.nn.Module):
                   with lin0.model.1.weight ... lin4.model.1.weight (the authors' lpips package)
     vgg_weights   path of torchvision's VGG16 state dict; only its `features` are read
     pooling       "max", as VGG16 was trained, or "avg", smoother in the images
-    reduction     "none" for (B,), "mean" or "sum" for a scalar
 
     Gradients flow to both images and never to the weights; an image that needs none, such as a target, costs no graph.
     Feature norms are computed in float32 under autocast too; convolutions follow torch's own settings (autocast, TF32).  A
@@ -25,13 +24,10 @@ class LPIPS(torch.nn.Module):
     one that cannot be read.
     """
 
-    def __init__(self, lin_weights, vgg_weights, pooling="max", reduction="none"):
+    def __init__(self, lin_weights, vgg_weights, pooling="max"):
         super().__init__()
         if pooling not in ("max", "avg"):
             raise ValueError(f"pooling is {pooling!r}: it must be 'max' or 'avg'")
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}: it must be 'none', 'mean' or 'sum'")
-        self.reduction = reduction
         with torch.device("meta"):  # no random numbers for weights that are replaced at once
             layers = list(vgg16(weights=None).features)[:-1]  # without the last pooling
         if pooling == "avg":
@@ -64,7 +60,7 @@ class LPIPS(torch.nn.Module):
         return found
 
     def forward(self, x, y):
-        """Distances of x and y, both (B, 1 or 3, H, W) in [0, 1]; ValueError for other shapes and for integers."""
+        """Distances (B,) of x and y, both (B, 1 or 3, H, W) in [0, 1]; ValueError for other shapes and for integers."""
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 16:
             raise ValueError(
                 f"images are {tuple(x.shape)} and {tuple(y.shape)}: both must be the same (B, 1 or 3, H, W), 16 pixels or more"
@@ -75,7 +71,7 @@ class LPIPS(torch.nn.Module):
         for i, (a, b) in enumerate(zip(self.features(x), self.features(y))):
             weights = getattr(self, f"lin{i}").reshape(-1, 1, 1)
             total = total + ((a - b).square() * weights).sum(1).mean((1, 2))
-        return {"none": total, "mean": total.mean(), "sum": total.sum()}[self.reduction]
+        return total
 
 
 def at_vgg_size(x):
