@@ -1,8 +1,7 @@
 """The InceptionV3 of FID (arXiv 1706.08500): uint8 images to feature vectors.
 
-The network is that of TensorFlow's 2015-12-05 graph, whose weights pytorch-fid publishes for PyTorch.  It differs from
-torchvision's in three places: its average pools do not count the padding, the last block pools by maximum, and it knows
-1,008 classes.
+The network of TensorFlow's 2015-12-05 graph, whose weights pytorch-fid publishes.  It differs from torchvision's in three
+places: its average pools do not count the padding, the last block pools by maximum, and it knows 1,008 classes.
 """
 
 import torch
