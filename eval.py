@@ -40,8 +40,7 @@ def prepare(workdir, trained, run):
     """
     misc.check_folder(workdir, "workdir")
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
-    if workdir.exists():
-        misc.remove_leftovers(workdir)
+    misc.remove_leftovers(workdir)
     if any(workdir.glob("*.png")) and path.exists():
         try:
             found = json.loads(path.read_text())
