@@ -383,12 +383,8 @@ def kid(x, y, block=1000):
         k = kernel(a, a)
         return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
 
-    estimates = []
-    with misc.progress(blocks, "kid", unit="block") as bar:
-        for a, b in zip(shuffled(x, 0), shuffled(y, 1)):
-            estimates.append(within(a) + within(b) - 2 * kernel(a, b).mean())
-            bar.update()
-    estimates = torch.stack(estimates)
+    pairs = zip(shuffled(x, 0), shuffled(y, 1))
+    estimates = torch.stack([within(a) + within(b) - 2 * kernel(a, b).mean() for a, b in pairs])
     return float(estimates.mean()), float(estimates.std() / blocks**0.5)
 
 
