@@ -49,11 +49,10 @@ class _BlockE(blocks.InceptionE):
 class Inception(torch.nn.Module):
     """Features of uint8 images.  Always in evaluation mode, whatever train() is called on it or on its parent.
 
-    state   state dict of pt_inception-2015-12-05-6726825d.pth, with or without the counters `num_batches_tracked`
+    state   state dict of pt_inception-2015-12-05-6726825d.pth, with or without the counters `num_batches_tracked`;
+            ValueError, naming a few tensors, if it is another's
     fold    multiply the batch norms into the convolutions and use the channels-last layout: the same features to float
             rounding, about twice as fast on a CPU (benchmarks/scores.py)
-
-    ValueError, naming a few tensors, if the state dict is not that of this network.
     """
 
     def __init__(self, state, fold=True):

@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 @contextmanager
 def atomic(path, sync=True):
-    """A temporary path beside `path` to write to, renamed to it on success and removed on failure.
+    """A temporary path beside `path` to write to, renamed to it on success and removed on failure, but for a kill.
 
     Whoever looks sees the whole file or none; with `sync`, even after a power cut.  UserError when the disk refuses.
-    A process that is killed here leaves its temporary path: see remove_leftovers().
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -118,33 +117,23 @@ def log(text):
         tqdm.write(text, file=sys.stderr)
 
 
-def picture(image):
-    """uint8 tensor (C, H, W), C = 1 or 3, as a Pillow image."""
-    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
-
-
 def write_png(path, image, sync=False):
-    """PNG file of a uint8 tensor (C, H, W): atomic, but without `sync` it does not wait for the disk."""
+    """PNG file of a uint8 tensor (C, H, W), C = 1 or 3: atomic, but without `sync` it does not wait for the disk."""
+    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
     with atomic(path, sync) as temporary:
-        picture(image).save(temporary, format="PNG")
-
-
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
+        Image.fromarray(array).save(temporary, format="PNG")
 
 
 def is_whole_png(path):
     """Whether there is a PNG file to its end: after a power cut one that was just written may be empty or cut short."""
     with suppress(OSError), open(path, "rb") as file:  # there may be none, or one of fewer bytes
-        file.seek(-len(PNG_END), os.SEEK_END)
-        return file.read() == PNG_END
+        file.seek(-12, os.SEEK_END)
+        return file.read() == b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
     return False
 
 
 def tile(images, columns):
-    """uint8 images (N, C, H, W) as one picture (3, H', W') with so many columns and white gaps; small images are enlarged.
-
-    Returns the picture and the size in pixels of one cell, an image and its gap.
-    """
+    """uint8 images (N, C, H, W), small ones enlarged, as one picture (3, H', W') with white gaps; and a cell's size in it."""
     from torchvision.utils import make_grid  # slow to import, and most runs draw nothing
 
     scale = max(1, 64 // images.shape[-1])
@@ -200,8 +189,8 @@ WEIGHTS = {  # flag: (file, where it is published, what needs it)
 def weights_file(flag, path, download):
     """(path, SHA-256) of a published weights file: `path`, or its own name in weights/; rank 0 downloads it if asked to.
 
-    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins.  UserError if a file of that name does not keep
-    it, or if there is no file; a warning if a file of another name is another.
+    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins.  Where that is not kept, UserError for a file
+    of this name, and a warning for one of another name.  UserError if there is no file.
     """
     name, place, need = WEIGHTS[flag]
     path, url = Path(path or Path("weights") / name), f"{place}/{name}"
