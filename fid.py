@@ -30,8 +30,6 @@ import generator
 import misc
 from defaults import file, setting
 
-METRICS = ("fid", "kid", "pr")
-
 
 @dataclass(frozen=True)
 class InceptionFile:
@@ -524,38 +522,38 @@ def make_statistics(run, flags, metrics, device, reference=None):
 def check(run, flags):
     """The metrics asked for; UserError where flags are missing or do not go together."""
     metrics = run.metrics.split(",")
-    if not set(metrics) <= set(METRICS) or len(set(metrics)) < len(metrics):
-        raise UserError(
-            f"--metrics is {run.metrics}: it takes some of {','.join(METRICS)}, each once, with commas and no spaces"
-        )
-    sources = ("checkpoint", "img_folder", "stat_path")[: {"ref": 0, "gen": 2, "fid": 3}[run.mode]]
-    takes = {"ref": ["dest"], "gen": ["dest", *sources], "fid": ["ref_path", "csv", *sources]}[run.mode]
-    for name in ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv"):
-        if getattr(run, name) is not None and name not in takes:
-            raise UserError(f"--{name} is not for --mode {run.mode}: leave it out, or choose another --mode")
-    if run.force and run.mode != "fid":
-        raise UserError("--force is for --mode fid, which compares: leave it out")
+    if not set(metrics) <= {"fid", "kid", "pr"} or len(set(metrics)) < len(metrics):
+        raise UserError(f"--metrics is {run.metrics}: it takes some of fid,kid,pr, each once, with commas and no spaces")
+    sources = {"ref": (), "gen": ("img_folder", "checkpoint"), "fid": ("stat_path", "img_folder", "checkpoint")}[run.mode]
+    takes = ("ref_path", "csv", "force", *sources) if run.mode == "fid" else ("dest", *sources)
+    given = [f.name for f in fields(Run) if getattr(run, f.name) != f.default] + list(flags)
+    places = ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv", "force")
+    drawing = ("start_seed", "end_seed", *(f.name for f in fields(defaults.Network) + fields(defaults.Sampling)))
+    reading = [f.name for f in fields(defaults.Data) if f.name not in ("data_name", "num_workers")]
+
+    def refuse(names, why):
+        for name in given:
+            if name in names:
+                raise UserError(f"--{name} {why}")
+
+    refuse(set(places) - set(takes), f"is not for --mode {run.mode}: leave it out, or choose another --mode")
     defaults.required(run, takes[0])
-    if sources and sum(getattr(run, name) is not None for name in sources) != 1:
-        raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources[::-1])}")
-    if run.checkpoint is None:
-        given = [f.name for f in fields(defaults.Network) + fields(defaults.Sampling) if f.name in flags]
-        given += [name for name in ("start_seed", "end_seed") if getattr(run, name) != getattr(Run, name)]
-        if given:
-            raise UserError(f"--{given[0]} is for images drawn with --checkpoint: leave it out")
-        given = [f.name for f in fields(defaults.Data) if f.name in flags and f.name not in ("data_name", "num_workers")]
-        if given and run.mode != "ref":
-            raise UserError(f"--{given[0]} is for --mode ref: images are scored as they are; leave it out")
-    else:
+    if sources and sum(name in given for name in sources) != 1:
+        raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources)}")
+    if run.checkpoint:
         generator.check_seeds(run.start_seed, run.end_seed)
-    if run.stat_path and (run.num is not None or run.features != "auto"):
-        raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
+    else:
+        refuse(drawing, "is for images drawn with --checkpoint: leave it out")
+    if not run.checkpoint and run.mode != "ref":
+        refuse(reading, "is for --mode ref: images are scored as they are; leave it out")
+    if run.stat_path:
+        refuse(("num", "features"), "is for images: --stat_path is what --mode gen made of them already")
     if run.dest and run.img_folder and Path(run.dest).resolve() == Path(run.img_folder).resolve():
         raise UserError(f"--dest {run.dest} is the file of the images: name another")
-    if run.num is not None and run.num < 2:
+    if run.num is None:
+        refuse(("seed",), "is that of the subset of --num images: add --num, or leave it out")
+    elif run.num < 2:
         raise UserError(f"--num is {run.num}: a covariance needs two images or more")
-    if run.num is None and run.seed != Run.seed:
-        raise UserError("--seed is that of the subset of --num images: add --num, or leave it out")
     return metrics
 
 
