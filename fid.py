@@ -35,9 +35,7 @@ from defaults import file, setting
 class InceptionFile:
     """weights of the Inception network"""
 
-    inception_weights: str | None = file(
-        f"the InceptionV3's weights, where they are needed; weights/{misc.WEIGHTS['inception_weights'][0]} if left out"
-    )
+    inception_weights: str | None = file(f"InceptionV3's weights; weights/{misc.WEIGHTS['inception_weights'][0]} if left out")
     download: bool = setting(False, "fetch weights where they are published, if their files are missing")
 
 
@@ -46,9 +44,7 @@ class Run(InceptionFile):
     """scoring"""
 
     mode: str = setting(
-        "fid",
-        "ref: statistics of --data_name; gen: of images; fid: scores of images against --ref_path",
-        choices=("ref", "gen", "fid"),
+        "fid", "ref: statistics of --data_name; gen: of images; fid: their scores", choices=("ref", "gen", "fid")
     )
     dest: str | None = file("npz file for the statistics (ref, gen)", ".npz")
     img_folder: str | None = file("images (gen, fid): a folder or zip, or an npz with uint8 `arr_0` (N, H, W, C)")
@@ -64,22 +60,17 @@ class Run(InceptionFile):
     )
     metrics: str = setting(
         "fid",
-        "which scores, with commas and each once: fid; kid (and its standard error); pr (improved precision and recall, "
-        "k = 3). The last two need --metrics in ref and gen too, which then store every image's features (inception: 8 kB)",
+        "scores, with commas: fid; kid; pr (precision and recall, k = 3). The last two need --metrics in ref and gen too",
     )
-    num: int | None = setting(
-        None, "number of images to take, a subset drawn from --seed; under torchrun write `torchrun ... -- fid.py ... --num N`"
-    )
+    num: int | None = setting(None, "take so many images, drawn by --seed; with torchrun: `torchrun ... -- fid.py ... --num N`")
     seed: int = setting(0, "of the subset")
     force: bool = setting(False, "compare statistics that say they were made differently")
     csv: str | None = file("file to append the scores and how the images were made to, as a row (fid)")
 
 
-CPU = torch.device("cpu")
-
 # ------------------------------------------------------------------------------------------------------ features
-# A feature extractor maps uint8 images (B, C, H, W) to features (B, d).  `unit` is what the features are to be divided by;
-# `metadata` is what two statistics must have in common to be compared.
+# A feature extractor maps uint8 images (B, C, H, W) to features (B, d), to be divided by `unit`.  `metadata` is what two
+# statistics must have in common to be compared.
 
 
 class Pixels:
@@ -111,13 +102,9 @@ class Inception:
         except Exception as error:  # whatever the unpickler meets in a damaged or hostile file; other tensors
             why = f": {error}" if isinstance(error, ValueError) else ""
             raise UserError(f"{path} does not hold the weights of FID's InceptionV3{why}") from error
-        self.network, self.device = net.to(device), device
-        self.metadata = {
-            "features": "inception",
-            "weights": digest,
-            "preprocessing": inception.PREPROCESSING,
-            "precision": "float32 features, float64 sums",
-        }
+        self.network, self.device = net.to(device), torch.device(device)
+        self.metadata = {"features": "inception", "weights": digest, "preprocessing": inception.PREPROCESSING}
+        self.metadata["precision"] = "float32 features, float64 sums"
 
     def dimension(self, shape):
         return 2048
@@ -127,7 +114,7 @@ class Inception:
         return torch.cat([self.network(part.to(self.device)) for part in parts])
 
 
-def load_features(name, device=CPU, weights=None, download=False):
+def load_features(name, device="cpu", weights=None, download=False):
     """The feature extractor `name`, "pixels" or "inception"; every rank calls this together."""
     if defaults.choose("features", name, ("pixels", "inception")) == "pixels":
         return Pixels(device)
@@ -136,10 +123,7 @@ def load_features(name, device=CPU, weights=None, download=False):
 
 
 def choose_features(asked, channels, reference=None):
-    """What `--features auto` stands for: the reference's features, or pixels for grey images and inception for colour.
-
-    UserError if the reference has others than those asked for.
-    """
+    """The name of the features asked for, or of the reference's, whatever "auto" stands for; UserError if these differ."""
     if reference is None:
         return asked if asked != "auto" else "pixels" if channels == 1 else "inception"
     theirs = reference.metadata.get("features") or ("inception" if len(reference.mu) == 2048 else "pixels")
@@ -149,12 +133,11 @@ def choose_features(asked, channels, reference=None):
 
 
 def extractor(reference, shape, n, device, files, asked="auto", force=False):
-    """The feature extractor for n images (C, H, W) to be compared with a reference, or None; UserError if they do not compare.
+    """The feature extractor for n images (C, H, W), with the files of an InceptionFile; all ranks call this together.
 
-    `files` are an InceptionFile.  Every rank calls this together.
+    UserError if they do not compare with the reference, if there is one.
     """
-    features = choose_features(asked, shape[0], reference)
-    found = load_features(features, device, files.inception_weights, files.download)
+    found = load_features(choose_features(asked, shape[0], reference), device, files.inception_weights, files.download)
     if reference is not None:
         check_comparable(reference, found.dimension(shape), metadata_of(found, shape, n), force)
     return found
@@ -193,16 +176,16 @@ def subset(total, count, seed):
 def measure(source, extract, made=None, count=None, seed=0, keep=False, num_workers=0):
     """Statistics of the features of a data set, of Generated images or of a uint8 tensor (N, C, H, W); or of a seeded subset.
 
-    Each rank takes every world_size-th image, and every image counts once.  Pixels are added up exactly, as integers, so that
-    their statistics do not depend on the ranks; other features in float64.  With `keep`, rank 0 gets the features themselves.
-    `made` is added to the metadata.  UserError for fewer than two images, too many pixels, and what cannot be read.
+    Pixels are added up exactly, as integers, so that their statistics do not depend on the ranks; other features in float64.
+    With `keep`, rank 0 gets the features themselves.  `made` is added to the metadata.  UserError for fewer than two images,
+    too many pixels, and what cannot be read.
     """
     if isinstance(source, torch.Tensor):
         if source.dtype != torch.uint8 or source.ndim != 4:
             raise UserError(f"images are {source.dtype} {tuple(source.shape)}: they must be uint8 (N, C, H, W)")
         source = dataset.MemoryImages(source)
     indices = subset(len(source), count, seed)
-    n, world = len(indices), dist_util.world_size()
+    n = len(indices)
     if n < 2:
         raise UserError(f"{n} image{'s' * (n != 1)}: a covariance needs two or more")
 
@@ -212,7 +195,7 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
             raise UserError(f"{dimension} values an image are too many for their covariance; use --features inception")
         total = torch.zeros(dimension, dtype=torch.float64, device=extract.device)
         outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=extract.device)
-        mine, kept = indices[dist_util.rank() :: world], [torch.empty(0, dimension)]
+        mine, kept = indices[dist_util.rank() :: dist_util.world_size()], [torch.empty(0, dimension)]
         drawn = isinstance(source, generator.Generated)  # in the batches of eval.py, for the same rounding
         size = source.trained.config.sampling.eval_bsz if drawn else BATCH
         batches = (mine[i : i + size] for i in range(0, len(mine), size))
@@ -262,10 +245,7 @@ def read_statistics(path, features=False):
         with archive:
             dataset.refuse_bombs(archive.zip)
             held = f": it holds {', '.join(archive.files[:5])}"
-            mu, sigma = archive["mu"], archive["sigma"]
-            if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
-                raise ValueError("not real numbers")
-            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+            mu, sigma = (archive[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
             metadata = json.loads(str(archive["metadata"])) if "metadata" in archive else {}
             kept = None
             if features and "features" in archive:
@@ -279,37 +259,28 @@ def read_statistics(path, features=False):
     except Exception as error:  # damaged zip, pickled arrays, missing names, not numbers
         reason = f"{path} is not a statistics file with `mu` and `sigma`, or it is damaged"
         raise UserError(f"{reason}{held}; fid.py --mode ref or --mode gen makes one") from error
-    found = Statistics(mu, sigma, metadata, kept)
-    check_statistics(found, path)
+    check_statistics(mu, sigma, kept, path)
     if features and kept is None:
         raise UserError(f"{path} holds no features, which kid and pr need: make it again with --metrics fid,kid,pr")
-    return found
+    return Statistics(mu, sigma, metadata, kept)
 
 
-def check_statistics(found, path):
-    """UserError unless statistics are finite, sigma is a covariance, and features, if any, go with them."""
-    mu, sigma = found.mu, found.sigma
+def check_statistics(mu, sigma, kept, path):
+    """UserError unless statistics are finite, sigma is a covariance, and the features kept, if any, go with them."""
     matching = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
     if not (matching and np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
         raise UserError(f"{path} does not hold a covariance: sigma is not symmetric")
-    try:  # eigenvalues below zero by more than rounding, of sums in float32 too, make this fail
-        shifted = sigma.copy()
-        shifted.flat[:: len(mu) + 1] += 1e-4 * sigma.diagonal().max() + np.finfo(np.float64).tiny
-        scipy.linalg.cholesky(shifted, overwrite_a=True)
-    except np.linalg.LinAlgError as error:
-        raise UserError(f"{path} does not hold a covariance: sigma has negative eigenvalues") from error
-    kept = found.features
+    if scipy.linalg.eigvalsh(sigma)[0] < -1e-4 * sigma.diagonal().max():  # more than rounding, of sums in float32 too
+        raise UserError(f"{path} does not hold a covariance: sigma has negative eigenvalues")
     if kept is not None and (kept.ndim != 2 or kept.shape[1] != len(mu) or not kept.isfinite().all()):
         raise UserError(f"{path} does not hold finite features (n, {len(mu)}): {tuple(kept.shape)}")
 
 
 def check_comparable(reference, dimension, metadata, force=False):
-    """UserError unless images with so many features, and this metadata, are of the reference's feature space.
-
-    With `force` only the number of features must agree.  Warns of statistics that say nothing about themselves, and of few
-    images.
+    """UserError unless images with so many features, and this metadata, are of the reference's feature space; a warning where
+    nothing is said, of few images, and, with `force`, of all that differs but the number of features.
     """
     theirs = reference.metadata
     for name, one in (("reference", theirs), ("images", metadata)):
@@ -361,10 +332,9 @@ def frechet_distance(a, b):
 def kid(x, y, block=1000):
     """Kernel Inception Distance (arXiv 1801.01401) of features (n, d) and (m, d): an unbiased estimate and its standard error.
 
-    The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, unbiased, so that it may be negative.  Both sets are
-    cut into as many blocks, 10 or more, of at most `block` images, whose estimates are independent.  First each is shuffled in
-    its own way, the same in every run: one shuffle for both would pair images of the same seeds, and bias the estimate.
-    UserError for fewer than two images a block.
+    The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, which may be negative.  Both sets are cut into as many
+    blocks, 10 or more, of at most `block` images.  Each is shuffled in its own way, the same in every run: one shuffle for both
+    would pair images of the same seeds, and bias the estimate.  UserError for fewer than two images a block.
     """
     blocks = max(10, math.ceil(max(len(x), len(y)) / block))
     if min(len(x), len(y)) < 2 * blocks:
@@ -389,9 +359,8 @@ def kid(x, y, block=1000):
 def precision_recall(real, fake, k=3, block=512):
     """Improved precision and recall (arXiv 1904.06991) of features (n, d) and (m, d).
 
-    Precision is the share of fake images within the reach of a real one, recall that of real ones within the reach of a
-    fake one; the reach of an image is the distance to its k-th nearest neighbour in its own set.  UserError unless both sets
-    hold more than k images.
+    Precision is the share of fake images within the reach of a real one, recall the reverse; reach is the distance to the k-th
+    nearest neighbour in the own set.  UserError unless both sets hold more than k images.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"pr needs more than {k} images in both sets, and there are {len(real)} and {len(fake)}")
@@ -418,7 +387,7 @@ def precision_recall(real, fake, k=3, block=512):
 def score(reference, images, metrics, device):
     """{name: value} of the scores of two Statistics; kid and pr from their features, on `device`."""
     values = {}
-    if {"kid", "pr"} & set(metrics):
+    if metrics != ["fid"]:
         real, fake = reference.features.to(device), images.features.to(device)
     for metric in metrics:
         if metric == "fid":
@@ -434,8 +403,6 @@ def show(value, digits=4):
     """So many decimals, and never -0.0000."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
-
-# -------------------------------------------------------------------------------------------------------- table
 
 COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
@@ -456,27 +423,18 @@ def read_table(path):
 
 
 def append_row(path, values, metadata, ref_path, forced):
-    """One line of `path`, with a header if it is new; hashes are SHA-256: of the Inception's weights, of the checkpoint, of the
-    reference's file.  What is unknown of others' images stays empty.
-    """
-    made_by = metadata.get("made_by", {})
-    config = made_by.get("config", {})
-    mode, data, sampling = (config.get(name, {}) for name in ("task", "data", "sampling"))
-    mode = mode.get("mode")
-    solver = "flow map" if mode == "characteristic" else "sde" if sampling.get("sde") else sampling.get("ode_solver")
-    subset = metadata.get("subset", {})
-    shown = {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
-    row = {
-        "mode": mode, "dataset": data.get("data_name"), "step": made_by.get("step"), "solver": solver,
-        "num_steps": sampling.get("num_steps"), "nfe": made_by.get("nfe"), "eps0": sampling.get("eval_eps0"),
-        **{name: sampling.get(name) for name in ("churn", "s_min", "s_max", "gamma")},
-        **shown, "n": metadata.get("n"), "subset_of": subset.get("of"), "subset_seed": subset.get("seed"),
-        "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
-        "class_idx": sampling.get("class_idx"), "eps1": sampling.get("eval_eps1"), "rho": sampling.get("rho"),
-        "image": "x".join(map(str, metadata.get("image", []))), "features": metadata.get("features"),
-        "weights": metadata.get("weights"), "forced": forced or None, "source": metadata.get("source"),
-        "sha256": made_by.get("sha256"), "ref_path": ref_path, "reference": misc.file_hash(ref_path),
-    }  # fmt: skip
+    """One line of `path`, with a header if it is new; hashes are SHA-256, and what is unknown stays empty."""
+    made_by, subset = metadata.get("made_by", {}), metadata.get("subset", {})
+    mode, data, sampling = (made_by.get("config", {}).get(name, {}) for name in ("task", "data", "sampling"))
+    solver = "sde" if sampling.get("sde") else sampling.get("ode_solver")
+    row = {name: metadata.get(name) for name in ("n", "features", "weights", "source")}
+    row |= {name: made_by.get(name) for name in ("step", "nfe", "start_seed", "end_seed", "sha256")}
+    row |= {name: sampling.get(name) for name in ("num_steps", "churn", "s_min", "s_max", "gamma", "class_idx", "rho")}
+    row |= {"eps0": sampling.get("eval_eps0"), "eps1": sampling.get("eval_eps1"), "dataset": data.get("data_name")}
+    row |= {"mode": mode.get("mode"), "solver": "flow map" if mode.get("mode") == "characteristic" else solver}
+    row |= {"subset_of": subset.get("of"), "subset_seed": subset.get("seed"), "forced": forced or None}
+    row |= {"image": "x".join(map(str, metadata.get("image", []))), "ref_path": ref_path, "reference": misc.file_hash(ref_path)}
+    row |= {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
     old = read_table(path)
     with misc.atomic(path) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
         file.write(old)
@@ -493,11 +451,10 @@ def open_source(run, flags, device):
     """(set of images, what the statistics record of its making) of the data set, --img_folder or --checkpoint."""
     if run.mode == "ref":
         data = defaults.resolve(flags).data
-        source = dataset.load(data)
-        made = {"source": data.data_name}
+        source, name = dataset.load(data), data.data_name
         if isinstance(source, dataset.ImageFiles):
-            made["source"] = f"{source.path}, upright central squares resized to {data.image_size} (Lanczos)"
-        return source, made
+            name = f"{source.path}, upright central squares resized to {data.image_size} (Lanczos)"
+        return source, {"source": name}
     if run.img_folder:
         return dataset.open_images(run.img_folder)
     trained = generator.load_model(run.checkpoint, flags, device)
@@ -511,12 +468,10 @@ def make_statistics(run, flags, metrics, device, reference=None):
     shape = dist_util.agree(lambda: source.shape)
     if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder and not run.force:
         source = dataset.Grey(source)  # many tools write grey images as RGB
-        shape = source.shape
     n = run.num or len(source)  # what does not compare is refused before the work, not after it
-    extract = extractor(reference, shape, n, device, run, run.features, run.force)
+    extract = extractor(reference, source.shape, n, device, run, run.features, run.force)
     workers = defaults.resolve({k: flags[k] for k in ("data_name", "num_workers") if k in flags}).data.num_workers
-    keep = bool({"kid", "pr"} & set(metrics))
-    return measure(source, extract, made, run.num, run.seed, keep, workers)
+    return measure(source, extract, made, run.num, run.seed, metrics != ["fid"], workers)
 
 
 def check(run, flags):
@@ -558,43 +513,40 @@ def check(run, flags):
 
 
 def main():
-    run, flags = defaults.parse(
-        Run, ["data", "network", "sampling"], description=__doc__, source="the checkpoint's, or by preset"
-    )
+    source = "the checkpoint's, or by preset"
+    run, flags = defaults.parse(Run, ["data", "network", "sampling"], description=__doc__, source=source)
     metrics = check(run, flags)
-    needs_features = bool({"kid", "pr"} & set(metrics))
 
     def read(path):  # features stay on the first rank, which computes the scores
-        return dist_util.agree(lambda: read_statistics(path, needs_features and dist_util.rank() == 0))
-
-    def report(reference, images):
-        values = score(reference, images, metrics, device)
-        single = len(values) == 1
-        print("\n".join(show(value) if single else f"{name} {show(value)}" for name, value in values.items()), flush=True)
-        if run.csv:
-            append_row(run.csv, values, images.metadata, run.ref_path, run.force)
-        if "kid" in values:  # four decimals are few for it
-            misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
+        return dist_util.agree(lambda: read_statistics(path, metrics != ["fid"] and dist_util.rank() == 0))
 
     with dist_util.session() as device:
         written = run.csv if run.mode == "fid" else run.dest
         dist_util.on_first_rank(lambda: written and misc.check_writable(written))
         dist_util.on_first_rank(lambda: run.csv and read_table(run.csv))
-        if run.mode == "fid":
-            reference = read(run.ref_path)
-            if run.stat_path:
-                images = read(run.stat_path)
-                check_comparable(reference, len(images.mu), images.metadata, run.force)
-            else:
-                images = make_statistics(run, flags, metrics, device, reference)
+        reference = read(run.ref_path) if run.mode == "fid" else None
+        if run.stat_path:
+            images = read(run.stat_path)
+            check_comparable(reference, len(images.mu), images.metadata, run.force)
         else:
-            statistics = make_statistics(run, flags, metrics, device)
-            dist_util.on_first_rank(lambda: write_statistics(run.dest, statistics))
+            images = make_statistics(run, flags, metrics, device, reference)
+        if run.mode != "fid":
+            dist_util.on_first_rank(lambda: write_statistics(run.dest, images))
     if dist_util.rank() == 0:  # alone: precision of large sets can take longer than ranks wait for each other
-        if run.mode == "fid":
-            report(reference, images)
-        else:
-            print(run.dest)
+        report(run, metrics, reference, images, device)
+
+
+def report(run, metrics, reference, images, device):
+    """Print the scores, and append them to --csv; or print where the statistics are."""
+    if run.mode != "fid":
+        print(run.dest)
+        return
+    values = score(reference, images, metrics, device)
+    print("\n".join(show(value) if len(values) == 1 else f"{name} {show(value)}" for name, value in values.items()), flush=True)
+    if run.csv:
+        append_row(run.csv, values, images.metadata, run.ref_path, run.force)
+    if "kid" in values:  # four decimals are few for it
+        misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 
 
 if __name__ == "__main__":
