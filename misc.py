@@ -197,14 +197,12 @@ def weights_file(flag, path, download):
     promised = "".join(re.findall(r"-([0-9a-f]{8})\.pth$", name))
 
     def find():
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: --{flag} names a file")
-        if not path.is_file():
-            raise UserError(f"{need} {path}: get it from {url}, name yours with --{flag}, or add --download")
         try:
             digest = file_hash(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{need} {path}: get it from {url}, name yours with --{flag}, or add --download") from error
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise UserError(f"cannot read --{flag} {path}: {error.strerror}") from error
         if not digest.startswith(promised) and path.name == name:
             raise UserError(f"{path} is damaged or another file: its SHA-256 begins with {digest[:8]}; remove it and get {url}")
         if not digest.startswith(promised):
