@@ -303,26 +303,15 @@ def frechet_distance(a, b):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Statistics: the squared 2-Wasserstein distance of
     Gaussians (FID, arXiv 1706.08500, eq. 6).
 
-    The trace of the root is the sum of the roots of the eigenvalues of sigma2 sigma1, which are those of the symmetric
-    A^T sigma2 A where sigma1 = A A^T, so real: by Cholesky where sigma1 is definite, else by its eigenvectors, where
-    eigenvalues within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
+    The trace of the root is the sum of the roots of the eigenvalues of sigma1 sigma2.  With sigma1 = P L L^T P^T, the Cholesky
+    decomposition with pivots, which singular matrices have too, they are those of the symmetric L^T P^T sigma2 P L.  Values
+    within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
     """
-    tiny = 16 * np.finfo(np.float64).eps
-
-    def roots(values, scale):
-        return np.sqrt(np.where(values > tiny * scale, values, 0))
-
-    try:
-        pivots = scipy.linalg.cholesky(a.sigma).diagonal()
-        definite = pivots.min() ** 2 > len(pivots) * tiny * pivots.max() ** 2
-    except np.linalg.LinAlgError:
-        definite = False
-    if definite:
-        root = np.sqrt(np.maximum(scipy.linalg.eigh(b.sigma, a.sigma, type=2, driver="gv", eigvals_only=True), 0)).sum()
-    else:
-        values, vectors = scipy.linalg.eigh(a.sigma, driver="evd")
-        half = vectors * roots(values, values[-1])
-        root = roots(scipy.linalg.eigvalsh(half.T @ b.sigma @ half), values[-1] * np.linalg.norm(b.sigma)).sum()
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(a.sigma, lower=1)
+    half, order = np.tril(factor)[:, :rank], pivots - 1
+    values = scipy.linalg.eigvalsh(half.T @ b.sigma[np.ix_(order, order)] @ half)
+    rounding = 16 * np.finfo(np.float64).eps * np.linalg.norm(a.sigma) * np.linalg.norm(b.sigma)
+    root = np.sqrt(values[values > rounding]).sum()
     return max(float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root), 0.0)
 
 
