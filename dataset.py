@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import struct
 import warnings
@@ -235,21 +234,6 @@ class ImageFiles:
         return torch.stack(images), self.labels[indices]
 
 
-class ArrayOnDisk:
-    """uint8 images (N, H, W, C) at `offset` of a file, as a data set of batches (B, C, H, W), all of class 0."""
-
-    def __init__(self, path, offset, shape):
-        self.path, self.offset, self.array_shape = path, offset, shape
-        self.shape = (shape[3], *shape[1:3])
-
-    def __len__(self):
-        return self.array_shape[0]
-
-    def batch(self, indices):
-        array = np.memmap(self.path, np.uint8, "r", self.offset, self.array_shape)  # of this batch alone: pages go when it does
-        return torch.from_numpy(array[indices]).permute(0, 3, 1, 2), torch.zeros(len(indices), dtype=torch.long)
-
-
 class Grey:
     """A set of colour images whose three channels are equal, as the grey images that they are."""
 
@@ -276,35 +260,18 @@ def refuse_bombs(archive):
 
 
 def load_array(path):
-    """Data set of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them.
-
-    They stay on the disk and are read when needed, unless the npz is compressed.
-    """
+    """MemoryImages of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            refuse_bombs(archive)
-            member = archive.getinfo("arr_0.npy")
-        if member.compress_type == zipfile.ZIP_STORED:
-            with open(path, "rb") as file:
-                file.seek(member.header_offset)
-                file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)  # past the name and the extra field
-                major, _ = np.lib.format.read_magic(file)
-                read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-                shape, columns_first, dtype = read_header(file)
-                if dtype.hasobject or columns_first or file.tell() + math.prod(shape) > os.path.getsize(path):
-                    raise ValueError("not a plain array, or not all of it")
-                array = ArrayOnDisk(path, file.tell(), shape)
-        else:
-            with np.load(path, allow_pickle=False) as archive:
-                array = archive["arr_0"]
-                shape, dtype = array.shape, array.dtype
+        with np.load(path, allow_pickle=False) as archive:
+            refuse_bombs(archive.zip)
+            array = archive["arr_0"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged zip, missing or pickled array
         raise UserError(f"{path} is not an npz file with an array `arr_0` of images, or it is damaged") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
-        raise UserError(f"{path} holds {dtype} {shape}: expected uint8 images (N, H, W, 1 or 3)")
-    return array if isinstance(array, ArrayOnDisk) else MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+        raise UserError(f"{path} holds {array.dtype} {array.shape}: expected uint8 images (N, H, W, 1 or 3)")
+    return MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
 
 
 # A data set is loaded by a function of the settings (defaults.Data) and of whether missing files may be downloaded.

@@ -44,14 +44,6 @@ def test_flat_class_and_nested_folders_zips_and_arrays_hold_the_same_images(tmp_
     assert sets[1].labels.tolist() == sets[3].labels.tolist() == [0] * 3 + [1] * 3 + [2] * 2
 
 
-def test_an_array_of_images_stays_on_the_disk(tmp_path, monkeypatch):
-    batch = images(2000, (3, 32, 32)).permute(0, 2, 3, 1).numpy()
-    np.savez(tmp_path / "a.npz", batch)
-    monkeypatch.setattr(np, "load", None)  # which would read it all
-    picked = dataset.load_array(tmp_path / "a.npz").batch([3, 1999])[0]
-    assert np.array_equal(picked.permute(0, 2, 3, 1).numpy(), batch[[3, 1999]])
-
-
 def test_pictures_are_converted_without_loss(tmp_path):
     """Black and white, grey with alpha, palettes and opaque RGBA: the same pixels as 8-bit grey or RGB."""
     rgb = Image.fromarray(images(1, (3, 6, 5))[0].permute(1, 2, 0).numpy())
