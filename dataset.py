@@ -19,6 +19,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -437,38 +438,27 @@ def one_hot(labels, label_dim):
     return torch.nn.functional.one_hot(labels, label_dim).float() if label_dim else None
 
 
-class Batches:
-    """Index batches of one rank, without end, from optimizer step `start` on.
+def index_batches(length, seed, start, global_bsz, bsz):
+    """Yield lists of `bsz` indices for this rank, without end, from optimizer step `start` on.
 
     The order is one stream of shuffled epochs, a function of the seed alone.  Step n takes its images from position
     n global_bsz on; its rounds and ranks split them, so that their numbers do not change which images a step uses.
     """
 
-    def __init__(self, length, seed, start, global_bsz, bsz):
-        self.length, self.seed, self.start, self.global_bsz, self.bsz = length, seed, start, global_bsz, bsz
+    @lru_cache(2)  # a batch may reach into the next epoch
+    def order(epoch):
+        generator = torch.Generator().manual_seed(misc.derive_seed(seed, "order", epoch))
+        return torch.randperm(length, generator=generator).tolist()
 
-    def __iter__(self):
-        orders = {}
-        position = self.start * self.global_bsz + dist_util.rank() * self.bsz
-        while True:
-            indices = []
-            for p in range(position, position + self.bsz):
-                epoch = p // self.length
-                if epoch not in orders:  # one or two are remembered
-                    orders = {e: o for e, o in orders.items() if e == epoch - 1}
-                    generator = torch.Generator().manual_seed(misc.derive_seed(self.seed, "order", epoch))
-                    orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
-                indices.append(orders[epoch][p % self.length])
-            yield indices
-            position += self.bsz * dist_util.world_size()
+    position = start * global_bsz + dist_util.rank() * bsz
+    while True:
+        yield [order(p // length)[p % length] for p in range(position, position + bsz)]
+        position += bsz * dist_util.world_size()
 
 
 def batches(images, data, train, start):
-    """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round, for this rank.
-
-    LoneError for an image that cannot be read.
-    """
-    order = Batches(len(images), train.seed, start, train.global_bsz, train.bsz)
+    """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round; LoneError if one cannot be read."""
+    order = index_batches(len(images), train.seed, start, train.global_bsz, train.bsz)
     try:
         yield from read_ahead(images, order, data.num_workers, pin=torch.cuda.is_available())
     except UserError as error:

@@ -425,18 +425,18 @@ def test_pixels_round_to_the_nearest_level():
 def test_rounds_and_ranks_split_the_same_images(monkeypatch):
     """Step 3 uses the same images whatever the number of ranks and rounds."""
     monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 1)
-    whole = next(iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=24)))
+    whole = next(dataset.index_batches(100, seed=5, start=3, global_bsz=24, bsz=24))
     split = []
     for rank in (0, 1):
         monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 2)
         monkeypatch.setattr(dataset.dist_util, "rank", lambda rank=rank: rank)
-        batches = iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=6))
+        batches = dataset.index_batches(100, seed=5, start=3, global_bsz=24, bsz=6)
         split += [next(batches), next(batches)]
     assert sorted(sum(split, [])) == sorted(whole)
 
 
 def test_an_epoch_shows_every_image_once_and_epochs_differ():
-    batches = iter(dataset.Batches(12, seed=0, start=0, global_bsz=5, bsz=5))
+    batches = dataset.index_batches(12, seed=0, start=0, global_bsz=5, bsz=5)
     stream = sum((next(batches) for _ in range(5)), [])[:24]
     assert sorted(stream[:12]) == sorted(stream[12:]) == list(range(12)) and stream[:12] != stream[12:]
 
@@ -451,7 +451,7 @@ def test_zip_data_is_read_whole_by_several_workers(tmp_path):
     config = tiny_config(data_name="folder", image_size=8, num_workers=2)
     images_of_zip = dataset.ImageFiles(tmp_path / "data.zip", 8, 3)
     expected, labels = images_of_zip.batch(list(range(40)))
-    order = iter(dataset.Batches(40, config.train.seed, 0, 8, 8))
+    order = dataset.index_batches(40, config.train.seed, 0, 8, 8)
     for (found, classes), indices in zip(
         (next(b) for b in [dataset.batches(images_of_zip, config.data, config.train, 0)] * 20), order
     ):
