@@ -19,7 +19,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -81,34 +81,30 @@ def decode(data, upright=False):
 
 
 def _in_folder(folder):
-    """The names of all files in a folder and below, links followed, and of the folders at its first level."""
+    """The names of all files and folders below a folder, links followed; those of folders end with /, as in a zip."""
 
     def refuse(error):
         raise error
 
-    names, classes, seen = [], [], set()  # links may lead back
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in seen:
+    names, seen, root = [], set(), os.path.join(folder, "")
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # links may lead back
             folders.clear()
             continue
-        classes = classes if seen else [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        seen.add((here.st_dev, here.st_ino))
-        names += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in files]
-    return names, classes
+        seen.add(os.path.realpath(place))
+        inside = [*files, *(f"{name}/" for name in folders)]
+        names += [os.path.join(place, name).removeprefix(root).replace(os.sep, "/") for name in inside]
+    return names
 
 
-def _in_zip(path, archive):
-    """{name: member} of a zip's files, with / for backslashes; UserError for what leads out of it or is too large."""
-    members = {}
-    for member in archive.infolist():
-        name = member.filename.replace("\\", "/")
+def _in_zip(archive):
+    """{name: member} of a zip, with / for backslashes; ValueError for what leads out of it or is too large."""
+    members = {member.filename.replace("\\", "/"): member for member in archive.infolist()}
+    for name, member in members.items():
         if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"{path} holds {name}, a path that leads out of it: pack it again")
+            raise ValueError(f"it holds {name}, a path that leads out of it: pack it again")
         if member.file_size > LARGEST_FILE:
-            raise UserError(f"{path} holds {name} of {member.file_size} bytes: too large for an image")
-        if not name.endswith("/"):
-            members[name] = member
+            raise ValueError(f"it holds {name} of {member.file_size} bytes: too large for an image")
     return members
 
 
@@ -121,43 +117,42 @@ class ImageFiles:
     """
 
     def __init__(self, path, size=None, channels=None):
-        self.path, self.size, self.channels = Path(path), size, channels
-        self.archive, self.first_shape, self.labelled_by = None, None, []
+        self.path, self.size, self.channels, self.archive = Path(path), size, channels, None
         try:
             if self.path.is_dir():
-                names, folders = _in_folder(self.path)
+                found = _in_folder(self.path)
             elif zipfile.is_zipfile(self.path):
                 self.archive = zipfile.ZipFile(self.path)
-                self.members = _in_zip(self.path, self.archive)
-                names, folders = list(self.members), []
+                found = self.members = _in_zip(self.archive)
             else:
                 raise UserError(f"{self.path} is neither a folder nor a zip of images")
         except UserError:
             raise
         except Exception as error:  # OSError, and whatever a damaged zip runs into
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
-        visible = [n for n in sorted(names) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
-        self.names = [n for n in visible if os.path.splitext(n)[1].lower() in SUFFIXES]
-        others = sorted({n for n in visible if n.split("/")[-1] not in OURS} - set(self.names))
-        beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
+        visible = [n for n in sorted(found) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        files = [n for n in visible if not n.endswith("/")]
+        self.names = [n for n in files if os.path.splitext(n)[1].lower() in SUFFIXES]
+        others = sorted({n for n in files if n.split("/")[-1] not in OURS} - set(self.names))
         if not self.names:
+            beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
             kinds = ", ".join(sorted(SUFFIXES))
             raise UserError(f"no images in {self.path}{beside}: expected {kinds} files, flat or in class folders")
         if others:
             count = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
             misc.log(f"warning: {self.path} holds {count} and {len(others)} other files, such as {others[0]}: passed over")
-        if "dataset.json" in visible and size is not None:  # scores need no labels
-            self.labelled_by = ["dataset.json"]
+        self.labelled_by = ["dataset.json"] if "dataset.json" in files and size is not None else []  # scores need no labels
+        if self.labelled_by:
             return self._take_labels()
         places = [n.split("/")[0] if "/" in n else "" for n in self.names]
-        self.class_names = tuple(sorted({*places, *folders}))
+        self.class_names = tuple(sorted({*places, *(n.split("/")[0] for n in visible if "/" in n)}))
         numbers = {name: i for i, name in enumerate(self.class_names)}
         self.labels = torch.tensor([numbers[place] for place in places])
 
     def _take_labels(self):
         """Labels and classes of EDM's dataset.json, {"labels": [[name, class number], ...]}; null is one class."""
         try:
-            listed = json.loads(self.use("dataset.json", lambda data: data))["labels"]
+            listed = json.loads(self.use("dataset.json"))["labels"]
             labels = dict(listed or dict.fromkeys(self.names, 0))
             kinds = {type(labels[name]) for name in self.names}
             if kinds == {int}:
@@ -172,13 +167,11 @@ class ImageFiles:
     def __len__(self):
         return len(self.names)
 
-    @property
+    @cached_property
     def shape(self):
-        if self.first_shape is None:
-            self.first_shape = tuple(self.read(0).shape)
-        return self.first_shape
+        return tuple(self.read(0).shape)
 
-    def use(self, name, function):
+    def use(self, name, function=bytes):
         """function(bytes of a file); UserError naming the file if it cannot be read or the function fails."""
         try:
             if self.archive:
@@ -199,8 +192,8 @@ class ImageFiles:
         All files would take as long as reading them.  Packing a folder into a zip changes nothing.
         """
         digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
-        for name in [*self.sample(), *self.labelled_by]:
-            digest.update(self.use(name, lambda data: data))
+        for name in self.sample() + self.labelled_by:
+            digest.update(self.use(name))
         return digest.hexdigest()
 
     def conversions(self):

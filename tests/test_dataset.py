@@ -187,16 +187,19 @@ UNFIT = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", UNFIT)
-def test_folders_that_are_not_the_classes_asked_for_are_listed(tmp_path, name):
+def test_folders_that_are_not_the_classes_asked_for_are_listed(tmp_path, name, packed):
     files, empty, message = UNFIT[name]
-    for path in files:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4)).save(tmp_path / path)
+    path = tmp_path / "data"
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(path / file)
     for folder in empty:
-        (tmp_path / folder).mkdir()
+        (path / folder).mkdir()
+    path = shutil.make_archive(tmp_path / "zip", "zip", path) if packed else path
     with pytest.raises(UserError, match="--label_dim is 2, but .*; --data_path names") as caught:
-        dataset.check_classes(dataset.ImageFiles(tmp_path, 4, 1), 2)
+        dataset.check_classes(dataset.ImageFiles(path, 4, 1), 2)
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
