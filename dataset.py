@@ -7,7 +7,6 @@ A data set has a length, `shape` (C, H, W), `labels` (N,), `class_names` (one or
 import dist_util
 from dist_util import LoneError, UserError
 
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -296,15 +295,14 @@ def read_idx(path):
 def load_mnist(data, download):
     folder = Path(data.data_path) / "MNIST" / "raw"
 
-    def find(kind):
-        path = folder / f"train-{kind}-ubyte"
-        return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+    def find():
+        files = [folder / f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        return [next((p for p in (file, file.with_name(f"{file.name}.gz")) if p.exists()), None) for file in files]
 
-    kinds = ("images-idx3", "labels-idx1")
-    _fetch("MNIST", data, download and not all(map(find, kinds)))
-    if not all(map(find, kinds)):
+    _fetch("MNIST", data, download and not all(find()))
+    if not all(find()):
         _fail("mnist", folder, "train-images-idx3-ubyte and train-labels-idx1-ubyte, unpacked or .gz,")
-    images, labels = (read_idx(find(kind)) for kind in kinds)
+    images, labels = map(read_idx, find())
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not labels.size > 0 or labels.max() > 9:
         raise UserError(f"{folder} holds images {images.shape} and labels {labels.shape}, not MNIST's: get the files again")
     labels = torch.from_numpy(labels.astype(np.int64))
@@ -327,16 +325,15 @@ def load_cifar(data, download):
 
 
 def _fetch(name, data, wanted):
-    """Let rank 0 download a data set of torchvision's; a failure leaves no empty folders."""
-    root = Path(data.data_path)
+    """Let rank 0 download a data set of torchvision's if any rank wants it; a failure leaves no empty folders."""
 
     def fetch():
         from torchvision import datasets
 
-        deepest = root / "MNIST" / "raw"
+        deepest = Path(data.data_path) / "MNIST" / "raw"
         missing = [p for p in (deepest, *deepest.parents) if not p.exists()]
         try:
-            getattr(datasets, name)(root, train=True, download=True)
+            getattr(datasets, name)(data.data_path, train=True, download=True)
         except (RuntimeError, OSError) as error:  # URLError is an OSError
             misc.log(f"{name} could not be downloaded: {' '.join(str(error).split())}")
             for folder in missing:
@@ -353,22 +350,18 @@ def _fail(name, folder, files, other=()):
     raise UserError(f"{name} is not in {folder.absolute()}{there}: {advice}")
 
 
-def load_afhq(data, download):
-    path = Path(data.data_path) / "afhq" / "train"
-    if not path.is_dir():
-        advice = "--data_path names the folder that holds afhq/train/{cat,dog,wild}, or use --data_name digits"
-        raise UserError(f"there is no folder {path.absolute()}: {advice}")
-    return load_folder(dataclasses.replace(data, data_path=str(path)), download)
-
-
-def load_folder(data, download):
-    path, advice = Path(data.data_path), "--data_path names what holds the images, or use --data_name digits"
+def load_folder(data, download, inner="", what="the images"):
+    path, advice = Path(data.data_path, inner), f"--data_path names what holds {what}, or use --data_name digits"
     try:
         if not path.exists():
             raise UserError(f"{path.absolute()} is missing: {advice}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
     return ImageFiles(path, data.image_size, data.image_channels)
+
+
+def load_afhq(data, download):
+    return load_folder(data, download, "afhq/train", "afhq/train/{cat,dog,wild}")
 
 
 DATASETS = {"digits": load_digits, "mnist": load_mnist, "cifar": load_cifar, "afhq": load_afhq, "folder": load_folder}
