@@ -1,7 +1,7 @@
 """Images in: the data sets, files of images of any kind, batches in a fixed order, and what is refused.
 
 A data set has a length, `shape` (C, H, W), `labels` (N,), `class_names` (one or none where there are no classes),
-`batch(indices)` -> uint8 images (B, C, H, W) and int64 labels (B,), and `fingerprint()`, which tells it from others.
+`batch(indices)` -> uint8 images (B, C, H, W) and int64 labels (B,), and `fingerprint()`, which a run that continues compares.
 """
 
 import dist_util
@@ -39,7 +39,7 @@ class MemoryImages:
         return len(self.images)
 
     def fingerprint(self):
-        """SHA-256 of images and labels: what a run that continues compares."""
+        """SHA-256 of images and labels."""
         digest = hashlib.sha256(self.images.contiguous().numpy())
         digest.update(self.labels.numpy())
         return digest.hexdigest()
@@ -59,8 +59,8 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pix
 def decode(data, upright=False):
     """Pillow image in mode L or RGB from the bytes of a file, `upright` if asked; ValueError or OSError if it is none.
 
-    Black and white becomes grey, palettes become RGB, opaque alpha is dropped, a phone's MPO file is its first picture: nothing
-    is lost.  What would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
+    Palettes become RGB, opaque alpha is dropped, a phone's MPO file is its first picture.  What would lose something is
+    refused: transparency, more than 8 bits, CMYK, several frames.
     """
     deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # Pillow would drop the low bits of 16 without a word
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -110,9 +110,8 @@ def _in_zip(archive):
 class ImageFiles:
     """Images of a flat folder, of class folders (nested or not) or of a zip of either, in the order of their names.
 
-    The class is the first folder level under `path`, where there is one, or what EDM's dataset.json says.  With `size` and
-    `channels`, for training, images are turned upright, cropped to their central square, resized (Lanczos) and converted.
-    Without, for scores, they are taken as they are and must be alike.  Other files are passed over.
+    The class is the first folder level, or what EDM's dataset.json says.  With `size` and `channels`, for training, images are
+    turned upright, cropped to their central square, resized (Lanczos) and converted.  Without, for scores, they must be alike.
     """
 
     def __init__(self, path, size=None, channels=None):
@@ -186,17 +185,14 @@ class ImageFiles:
         return [self.names[i] for i in sorted({i * (len(self) - 1) // 63 for i in range(64)})]
 
     def fingerprint(self):
-        """SHA-256 of all names and of 64 of the files: what a run that continues compares.
-
-        All files would take as long as reading them.  Packing a folder into a zip changes nothing.
-        """
+        """SHA-256 of all names and of 64 of the files, as all would take long; a folder and its zip have the same."""
         digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
         for name in self.sample() + self.labelled_by:
             digest.update(self.use(name))
         return digest.hexdigest()
 
     def conversions(self):
-        """Lines about what is done to the images, as 64 of them show, that a reader may not expect."""
+        """Lines about what is done to the images that a reader may not expect, as 64 of them show."""
         found = []
         for name in self.sample():
             with suppress(UserError):  # it is named when it is read
@@ -267,16 +263,13 @@ def load_array(path):
     return MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
 
 
-# A data set is loaded by a function of the settings (defaults.Data) and of whether missing files may be downloaded.
-
-
 def load_digits(data, download):
     if data.data_path != type(data).data_path:
         raise UserError(f"the digits are not in {data.data_path}: leave --data_path out, or add --data_name folder")
     with np.load(Path(__file__).parent / "data" / "digits.npz") as archive:
         levels, labels = archive["images"], archive["labels"]  # levels 0 ... 16
     images = np.floor(levels[:, None] * (255 / 16) + 0.5).astype(np.uint8)
-    return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels).long(), tuple("0123456789"))
+    return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"))
 
 
 def read_idx(path):
@@ -305,8 +298,7 @@ def load_mnist(data, download):
     images, labels = map(read_idx, find())
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not labels.size > 0 or labels.max() > 9:
         raise UserError(f"{folder} holds images {images.shape} and labels {labels.shape}, not MNIST's: get the files again")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return MemoryImages(torch.from_numpy(images[:, None].copy()), labels, tuple("0123456789"))
+    return MemoryImages(torch.tensor(images[:, None]), torch.tensor(labels), tuple("0123456789"))
 
 
 def load_cifar(data, download):
@@ -352,11 +344,9 @@ def _fail(name, folder, files, other=()):
 
 def load_folder(data, download, inner="", what="the images"):
     path, advice = Path(data.data_path, inner), f"--data_path names what holds {what}, or use --data_name digits"
-    try:
+    with suppress(OSError):  # ImageFiles says what is wrong then
         if not path.exists():
             raise UserError(f"{path.absolute()} is missing: {advice}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
     return ImageFiles(path, data.image_size, data.image_channels)
 
 
@@ -364,6 +354,7 @@ def load_afhq(data, download):
     return load_folder(data, download, "afhq/train", "afhq/train/{cat,dog,wild}")
 
 
+# name: function of the settings, defaults.Data, and of whether missing files may be downloaded
 DATASETS = {"digits": load_digits, "mnist": load_mnist, "cifar": load_cifar, "afhq": load_afhq, "folder": load_folder}
 
 
@@ -427,8 +418,8 @@ def one_hot(labels, label_dim):
 def index_batches(length, seed, start, global_bsz, bsz):
     """Yield lists of `bsz` indices for this rank, without end, from optimizer step `start` on.
 
-    The order is one stream of shuffled epochs, a function of the seed alone.  Step n takes its images from position
-    n global_bsz on; its rounds and ranks split them, so that their numbers do not change which images a step uses.
+    The order is one stream of shuffled epochs, a function of the seed alone.  Step n takes `global_bsz` images from position
+    n global_bsz on, and its rounds and ranks split them: their numbers do not change which images a step uses.
     """
 
     @lru_cache(2)  # a batch may reach into the next epoch
@@ -452,10 +443,7 @@ def batches(images, data, train, start):
 
 
 def read_ahead(images, order, workers, pin=False):
-    """Yield images.batch(indices) for the lists of indices in `order`; each of the `workers`, threads, reads two batches ahead.
-
-    Threads, since decoding and disks leave Python's lock alone, and since they need no shared memory.
-    """
+    """Yield images.batch(indices) for the lists of indices in `order`.  `workers` are threads, which need no shared memory."""
 
     def read(indices):
         batch = images.batch(list(indices))
@@ -477,16 +465,13 @@ def read_ahead(images, order, workers, pin=False):
 
 
 def check_record(made_by):
-    """ValueError, AttributeError unless the record of how images were made, eval.json, holds sections of settings or none."""
+    """ValueError or AttributeError unless the configuration in eval.json, if there is one, has sections."""
     if not all(isinstance(section, dict) for section in made_by.get("config", {}).values()):
         raise ValueError("no configuration")
 
 
 def open_images(path):
-    """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty.
-
-    UserError if the folder lacks images that the record speaks of.
-    """
+    """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     if Path(path).suffix == ".npz":
         return load_array(path), {"source": str(path), "made_by": {}}
     images = ImageFiles(path)
