@@ -25,9 +25,8 @@ def setting(default, help, limits=(None, None), choices=None, between=None, path
     path      for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or ""
     flag      False for what is recorded, and no flag
     """
-    least, most = limits
-    limits = {"least": least, "most": most, "choices": choices, "between": between}
-    return field(default=default, metadata={"help": help, "path": path, "flag": flag, **limits})
+    allowed = {"least": limits[0], "most": limits[1], "choices": choices, "between": between}
+    return field(default=default, metadata={"help": help, "path": path, "flag": flag, **allowed})
 
 
 def file(help, ending=""):
@@ -169,6 +168,7 @@ class Sampling:
 
 
 SECTIONS = {"task": Task, "data": Data, "network": Network, "train": Train, "distil": Distil, "sampling": Sampling}
+SETTINGS = {f.name: f for section in SECTIONS.values() for f in fields(section)}
 
 
 @dataclass(frozen=True)
@@ -252,30 +252,31 @@ def preset(data_name, mode):
 # ------------------------------------------------------------------------------------------------------- configs
 
 
-def resolutions(image_size, channel_mult):
+def resolutions(config):
     """Heights of the feature maps of a network, in pixels."""
-    return [image_size >> level for level in range(len(channel_mult))]
+    return [config.data.image_size >> level for level in range(len(config.network.channel_mult))]
+
+
+def _drop_attention(config):
+    """The same without attention at resolutions that the network lacks."""
+    has = resolutions(config)
+    return config.replace("network", attn_resolutions=tuple(r for r in config.network.attn_resolutions if r in has))
 
 
 def resolve(flags, base=None):
     """Config from explicit flags {setting: value} over `base`, a Config, or over the preset they choose; or UserError."""
-    known = [f.name for section in SECTIONS.values() for f in fields(section)]
     for name in flags:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, 1)
             raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
-    values = dict(flags)
+    config, values = base, flags
     if base is None:
-        base = Config()
-        chosen = preset(values.get("data_name", base.data.data_name), values.get("mode", base.task.mode))
-        values = {**chosen, **values}
-        if "attn_resolutions" not in flags:  # the preset's, where the network has them
-            has = resolutions(values["image_size"], values["channel_mult"])
-            values["attn_resolutions"] = tuple(r for r in values["attn_resolutions"] if r in has)
-    parts = {name: [f.name for f in fields(section) if f.name in values] for name, section in SECTIONS.items()}
-    config = Config(
-        **{name: dataclasses.replace(getattr(base, name), **{key: values[key] for key in keys}) for name, keys in parts.items()}
-    )
+        config = Config()
+        values = {**preset(flags.get("data_name", Data.data_name), flags.get("mode", Task.mode)), **flags}
+    for name, section in SECTIONS.items():
+        config = config.replace(name, **{f.name: values[f.name] for f in fields(section) if f.name in values})
+    if base is None and "attn_resolutions" not in flags:
+        config = _drop_attention(config)
     check(config)
     return config
 
@@ -308,8 +309,7 @@ def from_dict(plain):
         # Earlier versions had one setting for the grid of stage 2 and for sampling.
         config = config.replace("distil", grid_steps=config.sampling.num_steps, grid_rho=config.sampling.rho)
         config = config.replace("sampling", num_steps=1, churn=False)
-    has = resolutions(config.data.image_size, config.network.channel_mult)
-    config = config.replace("network", attn_resolutions=tuple(r for r in config.network.attn_resolutions if r in has))
+    config = _drop_attention(config)
     check(config)
     return config
 
@@ -344,57 +344,48 @@ def choose(name, value, table):
 
 def check(config):
     """UserError, naming the flag, unless every value makes sense by itself and with the others."""
+    values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
 
-    def fail(name, value, must):
-        raise UserError(f"--{flag_of(name)} is {value}: it must be {must}")
+    def require(name, holds, must):
+        if not holds:
+            raise UserError(f"--{flag_of(name)} is {values[name]}: it must be {must}")
 
-    for section in vars(config).values():
-        for f in fields(section):
-            value, low, high = getattr(section, f.name), f.metadata["least"], f.metadata["most"]
-            if f.metadata["choices"]:
-                choose(f.name, value, choices(f))
-            if low is not None and not low <= value <= high:
-                fail(f.name, value, f"from {low} to {high}")
-            if f.metadata["between"]:
-                low, high = f.metadata["between"]
-                if not low < value < high:
-                    fail(f.name, value, f"between {low} and {high}, both excluded")
+    for name, f in SETTINGS.items():
+        value, low, high = values[name], f.metadata["least"], f.metadata["most"]
+        if f.metadata["choices"]:
+            choose(name, value, choices(f))
+        if low is not None:
+            require(name, low <= value <= high, f"from {low} to {high}")
+        if f.metadata["between"]:
+            low, high = f.metadata["between"]
+            require(name, low < value < high, f"between {low} and {high}, both excluded")
     data, net, train, distil, sampling = config.data, config.network, config.train, config.distil, config.sampling
     size, channels = DATA_PRESETS[data.data_name][:2]
-    if data.data_name not in ("afhq", "folder") and data.image_size != size:
-        fail("image_size", data.image_size, f"{size} for {data.data_name}")
-    if data.data_name != "folder" and data.image_channels != channels:
-        fail("image_channels", data.image_channels, f"{channels} for {data.data_name}")
-    if not net.channel_mult or min(net.channel_mult) < 1 or max(net.channel_mult) > 1024:
-        fail("channel_mult", net.channel_mult, "one or more numbers from 1 to 1024")
-    halvings = len(net.channel_mult) - 1
-    if data.image_size % 2**halvings:
-        fail("image_size", data.image_size, f"divisible by {2**halvings}, for {halvings + 1} resolutions")
-    has = resolutions(data.image_size, net.channel_mult)
-    if not set(net.attn_resolutions) <= set(has):
-        fail("attn_resolutions", net.attn_resolutions, f"some of the network's resolutions, {has}")
-    if net.model_channels % 4:
-        fail("model_channels", net.model_channels, "a multiple of 4")
-    for low, high, where in ((train.train_eps0, train.train_eps1, "train"), (sampling.eval_eps0, sampling.eval_eps1, "eval")):
-        if low >= 1 - high:
-            fail(f"{where}_eps0", low, f"below 1 - {where}_eps1, which is {1 - high}")
-    if distil.one_step_share + distil.to_data_share > 1:
-        fail("to_data_share", distil.to_data_share, "at most 1 - one_step_share")
-    if config.task.mode == "characteristic" and distil.objective == "trajectory" and distil.dsm_weight:
+    require("image_size", data.data_name in ("afhq", "folder") or data.image_size == size, f"{size} for {data.data_name}")
+    require("image_channels", data.data_name == "folder" or data.image_channels == channels, f"{channels} for {data.data_name}")
+    mult = net.channel_mult
+    require("channel_mult", mult and min(mult) >= 1 and max(mult) <= 1024, "one or more numbers from 1 to 1024")
+    factor = 2 ** (len(mult) - 1)
+    require("image_size", data.image_size % factor == 0, f"divisible by {factor}, for {len(mult)} resolutions")
+    has = resolutions(config)
+    require("attn_resolutions", set(net.attn_resolutions) <= set(has), f"some of the network's resolutions, {has}")
+    require("model_channels", net.model_channels % 4 == 0, "a multiple of 4")
+    for low, high in (("train_eps0", "train_eps1"), ("eval_eps0", "eval_eps1")):
+        require(low, values[low] < 1 - values[high], f"below 1 - {high}, which is {1 - values[high]}")
+    require("to_data_share", distil.one_step_share + distil.to_data_share <= 1, "at most 1 - one_step_share")
+    flow_map = config.task.mode == "characteristic"
+    if flow_map and distil.objective == "trajectory" and distil.dsm_weight:
         dsm = round(distil.dsm_share * train.bsz)
-        if dsm == train.bsz or distil.dsm_share and not dsm:
-            fail("dsm_share", distil.dsm_share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
+        split = 0 < dsm < train.bsz or distil.dsm_share == 0
+        require("dsm_share", split, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     for name in ("sde", "churn"):
-        if config.task.mode == "characteristic" and getattr(sampling, name):
-            fail(name, True, "left out, since the flow map has no SDE and no churn")
-    if sampling.sde and sampling.churn:
-        fail("churn", True, "left out with --sde, which adds noise at every step itself")
-    if sampling.s_min > sampling.s_max:
-        fail("s_min", sampling.s_min, f"at most s_max, which is {sampling.s_max}")
-    if net.label_dim and sampling.class_idx >= net.label_dim:
-        fail("class_idx", sampling.class_idx, f"below label_dim, which is {net.label_dim}")
-    if not net.label_dim and sampling.class_idx >= 0:
-        fail("class_idx", sampling.class_idx, "left out, since the model has no classes")
+        require(name, not (flow_map and values[name]), "left out, since the flow map has no SDE and no churn")
+    require("churn", not (sampling.sde and sampling.churn), "left out with --sde, which adds noise at every step itself")
+    require("s_min", sampling.s_min <= sampling.s_max, f"at most s_max, which is {sampling.s_max}")
+    if net.label_dim:
+        require("class_idx", sampling.class_idx < net.label_dim, f"below label_dim, which is {net.label_dim}")
+    else:
+        require("class_idx", sampling.class_idx < 0, "left out, since the model has no classes")
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -406,11 +397,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _boolean(text):
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1", "yes")
 
 
 def _one_of(known):
@@ -486,11 +475,10 @@ def _preset_table(wanted):
     others = sorted({name for values in OTHER_PRESETS.values() for name in values})
     names = [name for name in (*DATA_COLUMNS, *NETWORK_COLUMNS, *TRAIN_COLUMNS, *others) if name in wanted]
     columns = [["data_name", "mode", *names]]
-    for data_name, mode in TRAIN_PRESETS:
-        config = resolve({"data_name": data_name, "mode": mode})
-        values = {k: v for section in vars(config).values() for k, v in vars(section).items()}
-        shown = (" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in map(values.get, names))
-        columns.append([data_name, mode, *shown])
+    for key in TRAIN_PRESETS:
+        chosen = preset(*key)
+        values = (chosen.get(name, SETTINGS[name].default) for name in names)
+        columns.append([*key, *(" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)])
     widths = [max(map(len, column)) for column in columns]
     lines = ("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in zip(*columns))
     return "presets:\n" + "\n".join("  " + line for line in lines)
