@@ -35,6 +35,7 @@ def file(help, ending=""):
 
 
 MANY, SHARE, TIME = 2**31, (0, 1), (1e-8, 1)
+MODES = ("denoiser", "characteristic")
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -44,11 +45,7 @@ MANY, SHARE, TIME = 2**31, (0, 1), (1e-8, 1)
 class Task:
     """task"""
 
-    mode: str = setting(
-        "denoiser",
-        "train.py: denoiser for stage 1, characteristic for stage 2; elsewhere the checkpoint knows it, and another is refused",
-        choices=("denoiser", "characteristic"),
-    )
+    mode: str = setting("denoiser", "denoiser: stage 1, characteristic: stage 2; a checkpoint refuses the other", choices=MODES)
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,7 @@ class Train:
     bsz: int = setting(128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks", (1, 2**20))
     lr: float = setting(1e-3, "learning rate (RAdam, gradient norm clipped to 1)", between=(0, 10))
     lr_rampup_steps: int = setting(500, "steps of linear warm-up", (0, MANY))
-    lr_decay: str = setting(
-        "none", "none: constant after the warm-up; cosine: times half a cosine, 0 at the end", choices=("none", "cosine")
-    )
+    lr_decay: str = setting("none", "after the warm-up; none: constant, cosine: half a cosine to 0", choices=("none", "cosine"))
     ema_decay: float = setting(0.999, "decay of the average of the weights: min(this, (1 + step)/(10 + step))", SHARE)
     train_eps0: float = setting(1e-5, "least time trained, and last positive time of stage 2's grid", between=TIME)
     train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this", between=TIME)
@@ -117,30 +112,23 @@ class Distil:
 
     objective: str = setting(
         "trajectory",
-        "trajectory: regression on stored solutions of the teacher's ODE (the paper); semigroup: consistency along the ODE "
-        "(the authors' code)",
+        "trajectory: regression on stored solutions of the ODE (the paper); semigroup: consistency along it (authors' code)",
     )
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
     teacher_solver: str = setting("deis", "solver of the teacher's ODE", choices=lambda: sde.SOLVERS)
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
-    adaptive_weight: bool = setting(
-        True, "scale the stage-1 loss until its gradient at the last layer is as large as the distance's"
-    )
+    adaptive_weight: bool = setting(True, "scale the stage-1 loss to the distance's gradient norm at the last layer")
     dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", SHARE)
     one_step_share: float = setting(0.4, "trajectory: share of pairs (noise, data)", SHARE)
     to_data_share: float = setting(0.2, "trajectory: share of pairs (any time, data)", SHARE)
     bank_size: int = setting(8192, "trajectory: solutions stored, over all ranks", (1, 2**24))
-    bank_refresh_freq: int = setting(
-        32, "trajectory: steps between renewals of the oldest global_bsz solutions; 0: never", (0, MANY)
-    )
+    bank_refresh_freq: int = setting(32, "trajectory: steps between renewals of the oldest global_bsz; 0: never", (0, MANY))
     bank_dtype: str = setting("float32", "trajectory: precision of the solutions", choices=("float32", "float16"))
     teacher_steps: int = setting(19, "semigroup: greatest number of teacher steps from t to u", (1, 4096))
     teacher_steps_strategy: str = setting(
-        "proportional",
-        "semigroup: the probability of n teacher steps is proportional to n, or the same for all n",
-        choices=("proportional", "uniform"),
+        "proportional", "semigroup: probability of n teacher steps: as n, or all equal", choices=("proportional", "uniform")
     )
 
 
@@ -151,8 +139,7 @@ class Sampling:
     ode_solver: str = setting("deis", "solver of the denoiser's ODE; a flow map needs none", choices=lambda: sde.SOLVERS)
     num_steps: int = setting(
         20,
-        "steps from noise to data: network calls, and more for heun (20 for a denoiser, 1 for a flow map; for train.py in "
-        "stage 2, the steps of the grid it learns on: 20)",
+        "steps from noise to data: network calls, more for heun (denoiser 20, flow map 1; train.py in stage 2: its grid's, 20)",
         (1, 4096),
     )
     rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced", between=(0.1, 100))
@@ -238,8 +225,8 @@ OTHER_PRESETS = {
 
 def preset(data_name, mode):
     """{setting: value} that `--data_name` and `--mode` choose."""
-    for name, value, known in (("data_name", data_name, DATA_PRESETS), ("mode", mode, ("denoiser", "characteristic"))):
-        choose(name, value, known)
+    choose("data_name", data_name, DATA_PRESETS)
+    choose("mode", mode, MODES)
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
         **dict(zip(NETWORK_COLUMNS, NETWORK_PRESETS[data_name])),
