@@ -176,27 +176,20 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------- presets
 
-# Size, channels and range of the images, and their standard deviation for the preconditioning: 1 in the reference's
-# checkpoints, whatever the range; for the digits that of their pixels in [-1, 1], 0.75, which trains faster.
+# sigma_data is the standard deviation of the images, for the preconditioning: 1 in the reference's checkpoints, whatever the
+# range of the pixels; for the digits theirs in [-1, 1], which trains faster.
 DATA_PRESETS = {
-    # data_name  size  channels  centered  num_workers  sigma_data
-    "digits":   (8,    1,        True,     0,           0.75),
-    "mnist":    (28,   1,        False,    0,           1.0),
-    "cifar":    (32,   3,        True,     0,           1.0),
-    "afhq":     (64,   3,        True,     2,           1.0),
-    "folder":   (64,   3,        True,     2,           1.0),
+    # data_name  size  channels  centered  workers  sigma_data  width  mult             blocks  attention  dropout
+    "digits":   (8,    1,        True,     0,       0.75,       32,    (1, 2),          1,      (4,),      0.0),
+    "mnist":    (28,   1,        False,    0,       1.0,        32,    (1, 2, 2),       4,      (14,),     0.1),
+    "cifar":    (32,   3,        True,     0,       1.0,        128,   (1, 2, 2, 2),    4,      (16,),     0.1),
+    "afhq":     (64,   3,        True,     2,       1.0,        128,   (1, 1, 2, 2, 2), 4,      (16,),     0.1),
+    "folder":   (64,   3,        True,     2,       1.0,        128,   (1, 2, 2, 2),    4,      (16,),     0.1),
 }  # fmt: skip
-DATA_COLUMNS = ("image_size", "image_channels", "centered", "num_workers", "sigma_data")
-
-NETWORK_PRESETS = {
-    # data_name  channels  mult             blocks  attention  dropout
-    "digits":   (32,       (1, 2),          1,      (4,),      0.0),
-    "mnist":    (32,       (1, 2, 2),       4,      (14,),     0.1),
-    "cifar":    (128,      (1, 2, 2, 2),    4,      (16,),     0.1),
-    "afhq":     (128,      (1, 1, 2, 2, 2), 4,      (16,),     0.1),
-    "folder":   (128,      (1, 2, 2, 2),    4,      (16,),     0.1),
-}  # fmt: skip
-NETWORK_COLUMNS = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
+DATA_COLUMNS = (
+    "image_size", "image_channels", "centered", "num_workers", "sigma_data", "model_channels", "channel_mult", "num_blocks",
+    "attn_resolutions", "dropout",
+)  # fmt: skip
 
 TRAIN_PRESETS = {
     # data_name, mode              steps   global_bsz  bsz   lr    warm-up  decay     EMA     eps0   logs  samples  dump
@@ -229,7 +222,6 @@ def preset(data_name, mode):
     choose("mode", mode, MODES)
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
-        **dict(zip(NETWORK_COLUMNS, NETWORK_PRESETS[data_name])),
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
         "num_steps": 1 if mode == "characteristic" else 20,
         **OTHER_PRESETS.get(data_name, {}),
@@ -460,7 +452,7 @@ def required(settings, *names):
 def _preset_table(wanted):
     """The presets of the settings in `wanted`: one line a setting, one column a preset, so that it fits a terminal."""
     others = sorted({name for values in OTHER_PRESETS.values() for name in values})
-    names = [name for name in (*DATA_COLUMNS, *NETWORK_COLUMNS, *TRAIN_COLUMNS, *others) if name in wanted]
+    names = [name for name in (*DATA_COLUMNS, *TRAIN_COLUMNS, *others) if name in wanted]
     columns = [["data_name", "mode", *names]]
     for key in TRAIN_PRESETS:
         chosen = preset(*key)

@@ -386,8 +386,7 @@ def stripes(data, download):
 
 def add_stripes():
     dataset.DATASETS["stripes"] = stripes
-    for table in (defaults.DATA_PRESETS, defaults.NETWORK_PRESETS):
-        table["stripes"] = table["digits"]
+    defaults.DATA_PRESETS["stripes"] = defaults.DATA_PRESETS["digits"]
     for mode in ("denoiser", "characteristic"):
         defaults.TRAIN_PRESETS["stripes", mode] = defaults.TRAIN_PRESETS["digits", mode]
 
