@@ -119,13 +119,11 @@ class ImageFiles:
         try:
             if self.path.is_dir():
                 found = _in_folder(self.path)
-            elif zipfile.is_zipfile(self.path):
+            else:
                 self.archive = zipfile.ZipFile(self.path)
                 found = self.members = _in_zip(self.archive)
-            else:
-                raise UserError(f"{self.path} is neither a folder nor a zip of images")
-        except UserError:
-            raise
+        except (zipfile.BadZipFile, FileNotFoundError) as error:
+            raise UserError(f"{self.path} is neither a folder nor a zip of images: {error.args[-1]}") from error
         except Exception as error:  # OSError, and whatever a damaged zip runs into
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
         visible = [n for n in sorted(found) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
@@ -152,15 +150,13 @@ class ImageFiles:
         try:
             listed = json.loads(self.use("dataset.json"))["labels"]
             labels = dict(listed or dict.fromkeys(self.names, 0))
-            kinds = {type(labels[name]) for name in self.names}
-            if kinds == {int}:
-                self.labels = torch.tensor([labels[name] for name in self.names])
-            if kinds != {int} or not 0 <= self.labels.min() <= self.labels.max() < 2**20:
+            numbers = [labels[name] for name in self.names]
+            if not all(type(number) is int and 0 <= number < 2**20 for number in numbers):
                 raise ValueError("labels are not class numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             missing = f"{error} has no label" if isinstance(error, KeyError) else error
             raise UserError(f"dataset.json in {self.path} does not label these images: {missing}; mend or remove it") from error
-        self.class_names = tuple(map(str, range(int(self.labels.max()) + 1)))
+        self.labels, self.class_names = torch.tensor(numbers), tuple(map(str, range(max(numbers) + 1)))
 
     def __len__(self):
         return len(self.names)

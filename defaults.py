@@ -43,15 +43,11 @@ MODES = ("denoiser", "characteristic")
 
 @dataclass(frozen=True)
 class Task:
-    """task"""
-
     mode: str = setting("denoiser", "denoiser: stage 1, characteristic: stage 2; a checkpoint refuses the other", choices=MODES)
 
 
 @dataclass(frozen=True)
 class Data:
-    """data"""
-
     data_name: str = setting("digits", "data set", choices=lambda: tuple(DATA_PRESETS))
     data_path: str = setting(
         "data",
@@ -69,8 +65,6 @@ class Data:
 
 @dataclass(frozen=True)
 class Network:
-    """network"""
-
     architecture: str = setting("ddpmpp", "U-Net of Song et al., DDPM++ or NCSN++", choices=("ddpmpp", "ncsnpp"))
     model_channels: int = setting(128, "channels at full resolution, before --channel_mult", (1, 2**16))
     channel_mult: tuple[int, ...] = setting((1, 2, 2, 2), "channels at each resolution, in model_channels")
@@ -86,8 +80,6 @@ class Network:
 
 @dataclass(frozen=True)
 class Train:
-    """training"""
-
     train_steps: int = setting(10000, "optimizer steps in all", (1, MANY))
     global_bsz: int = setting(1024, "images per optimizer step, over all ranks and accumulation rounds", (1, 2**24))
     bsz: int = setting(128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks", (1, 2**20))
@@ -107,9 +99,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Distil:
-    """stage 2 (--mode characteristic)"""
-
+class Distil:  # stage 2
     objective: str = setting(
         "trajectory",
         "trajectory: regression on stored solutions of the ODE (the paper); semigroup: consistency along it (authors' code)",
@@ -134,8 +124,6 @@ class Distil:
 
 @dataclass(frozen=True)
 class Sampling:
-    """sampling"""
-
     ode_solver: str = setting("deis", "solver of the denoiser's ODE; a flow map needs none", choices=lambda: sde.SOLVERS)
     num_steps: int = setting(
         20,
@@ -429,15 +417,14 @@ def parse(own, sections, argv=None, description="", source=None):
         allow_abbrev=False,
     )
     by_preset = {name for key in TRAIN_PRESETS for name in preset(*key)}
-    for section in [own] + [SECTIONS[name] for name in sections]:
-        group = parser.add_argument_group(section.__doc__)
+    for title, section in [(own.__doc__, own), *((name, SECTIONS[name]) for name in sections)]:
+        group = parser.add_argument_group("distil, for --mode characteristic" if section is Distil else title)
         for f in fields(section):
             if f.metadata["flag"] and (section is own or f.name not in {mine.name for mine in fields(own)}):
                 default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
                 default = {None: "none", "": "none"}.get(default, "by preset" if f.name in by_preset else default)
                 _add(group, f, default if section is own else source or default)
-    flags = vars(parser.parse_args(argv))
-    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     mine = {f.name: flags.pop(f.name) for f in fields(own) if f.name in flags}
     return own(**mine), flags
 
