@@ -470,8 +470,7 @@ def open_images(path):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     if Path(path).suffix == ".npz":
         return load_array(path), {"source": str(path), "made_by": {}}
-    images = ImageFiles(path)
-    record, made_by = Path(path) / "eval.json", {}
+    images, record, made_by = ImageFiles(path), Path(path) / "eval.json", {}
     if record.is_file():
         try:
             made_by = json.loads(record.read_text())

@@ -101,8 +101,7 @@ class Train:
 @dataclass(frozen=True)
 class Distil:  # stage 2
     objective: str = setting(
-        "trajectory",
-        "trajectory: regression on stored solutions of the ODE (the paper); semigroup: consistency along it (authors' code)",
+        "trajectory", "trajectory: regression on solutions of the ODE (paper); semigroup: consistency along it (authors' code)"
     )
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
@@ -126,9 +125,7 @@ class Distil:  # stage 2
 class Sampling:
     ode_solver: str = setting("deis", "solver of the denoiser's ODE; a flow map needs none", choices=lambda: sde.SOLVERS)
     num_steps: int = setting(
-        20,
-        "steps from noise to data: network calls, more for heun (denoiser 20, flow map 1; train.py in stage 2: its grid's, 20)",
-        (1, 4096),
+        20, "steps from noise to data; heun calls more often (20, flow map 1; train.py in stage 2: its grid, 20)", (1, 4096)
     )
     rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced", between=(0.1, 100))
     eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
@@ -392,9 +389,7 @@ def _add(parser, f, default):
         parser.add_argument(f"--{f.name}", type=_one_of(known) if kind is str else kind, choices=known, **options)
     elif kind is bool:
         parser.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, metavar="True|False", **options)
-        parser.add_argument(
-            f"--no-{f.name}", dest=f.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
+        parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", **{**options, "help": argparse.SUPPRESS})
     elif typing.get_origin(f.type) is tuple:
         parser.add_argument(f"--{f.name}", nargs="*", type=kind, metavar="N", **options)
     elif ending is not None:
@@ -404,11 +399,10 @@ def _add(parser, f, default):
 
 
 def parse(own, sections, argv=None, description="", source=None):
-    """The command line: (own settings, {setting: value} given explicitly for the sections).
+    """A command line: (own settings, {setting: value} given explicitly for the `sections`, which resolve() takes).
 
-    own        dataclass of the script's own settings; they hide those of the sections with the same name
-    sections   names of the SECTIONS whose flags the script takes; resolve() turns the second result into a Config
-    source     where these have their defaults, for --help, if that is neither the field nor the preset
+    `own` is the dataclass of the script's own settings, which hide those of the sections with the same name.  `source` is where
+    --help says that the sections have their defaults, if that is neither the field nor the preset.
     """
     parser = _Parser(
         description=description,
