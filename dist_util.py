@@ -131,7 +131,7 @@ class StopSignals:
     """Context in which SIGTERM and SIGINT are noted, and ranks tell each other with check() or poll(), to leave together."""
 
     def __init__(self):
-        self.received, self.left, self.every, self.since = None, 1, 1, time.monotonic()
+        self.received = None
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
@@ -158,21 +158,8 @@ class StopSignals:
         return next((kind for kind, count in zip(SIGNALS, votes) if count), None), total
 
     def check(self):
-        """The signal that asks the run to stop, or None.  All ranks call this together, as often as they like.
-
-        They exchange one small message about once a second, and at least every 64th call.
-        """
-        if world_size() == 1:
-            return self.received
-        self.left -= 1
-        if self.left:
-            return None
-        now = time.monotonic()
-        number, seconds = self._exchange(now - self.since)
-        calls_per_second = self.every * world_size() / max(seconds, 1e-9)
-        self.every = self.left = max(1, min(64, int(calls_per_second)))
-        self.since = now
-        return number
+        """The signal that asks the run to stop, or None.  All ranks call this together; it costs one message of 24 bytes."""
+        return self._exchange(0)[0]
 
     def poll(self, busy=True):
         """Stopped on all ranks if any has received a signal; else whether any is busy.  All ranks call this together."""
