@@ -40,18 +40,14 @@ class MemoryImages:
 
     def fingerprint(self):
         """SHA-256 of images and labels."""
-        digest = hashlib.sha256(self.images.contiguous().numpy())
-        digest.update(self.labels.numpy())
-        return digest.hexdigest()
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
     def batch(self, indices):
         return self.images[indices], self.labels[indices]
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"}
+SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that Pillow may try, whatever a name says: fewer decoders for hostile files
-OURS = ("eval.json", "dataset.json")  # files that may lie beside images
-LARGEST_FILE = 2**28  # bytes of an image in a zip, unpacked
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # decode() does without
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no image to learn from
 
@@ -102,7 +98,7 @@ def _in_zip(archive):
     for name, member in members.items():
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"it holds {name}, a path that leads out of it: pack it again")
-        if member.file_size > LARGEST_FILE:
+        if member.file_size > 2**28:
             raise ValueError(f"it holds {name} of {member.file_size} bytes: too large for an image")
     return members
 
@@ -128,15 +124,15 @@ class ImageFiles:
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
         visible = [n for n in sorted(found) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
         files = [n for n in visible if not n.endswith("/")]
-        self.names = [n for n in files if os.path.splitext(n)[1].lower() in SUFFIXES]
-        others = sorted({n for n in files if n.split("/")[-1] not in OURS} - set(self.names))
+        self.names = [n for n in files if n.lower().endswith(SUFFIXES)]
+        others = sorted({n for n in files if n.split("/")[-1] not in ("eval.json", "dataset.json")} - set(self.names))
         if not self.names:
             beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
-            kinds = ", ".join(sorted(SUFFIXES))
+            kinds = ", ".join(SUFFIXES)
             raise UserError(f"no images in {self.path}{beside}: expected {kinds} files, flat or in class folders")
         if others:
-            count = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
-            misc.log(f"warning: {self.path} holds {count} and {len(others)} other files, such as {others[0]}: passed over")
+            held = f"{self.path} holds {len(self)} images and {len(others)} other files"
+            misc.log(f"warning: {held}, such as {others[0]}: passed over")
         self.labelled_by = ["dataset.json"] if "dataset.json" in files and size is not None else []  # scores need no labels
         if self.labelled_by:
             return self._take_labels()
