@@ -17,13 +17,10 @@ import sde
 
 
 def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True):
-    """A field that is a setting.
+    """A field that is a setting; its values are within `limits` (least and greatest), among `choices`, or truly `between` two.
 
-    limits    least and greatest value: more would be a slip, and would fill the memory or take for ever
-    choices   the values allowed
-    between   (low, high), both excluded
-    path      for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or ""
-    flag      False for what is recorded, and no flag
+    `path` is for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or "".
+    `flag` is False for what is recorded, and no flag.
     """
     allowed = {"least": limits[0], "most": limits[1], "choices": choices, "between": between}
     return field(default=default, metadata={"help": help, "path": path, "flag": flag, **allowed})
@@ -36,9 +33,6 @@ def file(help, ending=""):
 
 MANY, SHARE, TIME = 2**31, (0, 1), (1e-8, 1)
 MODES = ("denoiser", "characteristic")
-
-
-# ------------------------------------------------------------------------------------------------------ settings
 
 
 @dataclass(frozen=True)
@@ -431,14 +425,11 @@ def required(settings, *names):
 
 
 def _preset_table(wanted):
-    """The presets of the settings in `wanted`: one line a setting, one column a preset, so that it fits a terminal."""
-    others = sorted({name for values in OTHER_PRESETS.values() for name in values})
-    names = [name for name in (*DATA_COLUMNS, *TRAIN_COLUMNS, *others) if name in wanted]
-    columns = [["data_name", "mode", *names]]
-    for key in TRAIN_PRESETS:
-        chosen = preset(*key)
-        values = (chosen.get(name, SETTINGS[name].default) for name in names)
-        columns.append([*key, *(" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)])
-    widths = [max(map(len, column)) for column in columns]
-    lines = ("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in zip(*columns))
-    return "presets:\n" + "\n".join("  " + line for line in lines)
+    """The presets of the settings in `wanted`: one line a setting, one column a preset."""
+    lines, presets = ["presets:"], [{"data_name": name, "mode": mode, **preset(name, mode)} for name, mode in TRAIN_PRESETS]
+    for name, f in SETTINGS.items():
+        if name in ("data_name", "mode") or name in wanted and any(name in values for values in presets):
+            row = (values.get(name, f.default) for values in presets)
+            row = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in row)
+            lines.append(f"  {name:18}" + "".join(f"{text:15}" for text in row).rstrip())
+    return "\n".join(lines)
