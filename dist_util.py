@@ -110,14 +110,11 @@ def _meeting_place():
 
     Ranks publish their addresses in a store.  When torchrun 2.11 restarts ranks, the addresses of the dead are still in it,
     and a rank that reads one waits for nobody.  So on one machine each restart gets names of its own in the store, by the
-    number of the restart.  On several machines that number can differ: there the user has to ask for a new store.
+    number of the restart.  On several machines that number can differ: there users set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
-        return {}
-    if env["GROUP_WORLD_SIZE"] != "1":
-        if env["RANK"] == "0":
-            print("warning: for --max-restarts on several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
+    restarts = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not restarts or env["GROUP_WORLD_SIZE"] != "1":
         return {}
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=_timeout())
     store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
