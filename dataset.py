@@ -164,10 +164,8 @@ class ImageFiles:
     def use(self, name, function=bytes):
         """function(bytes of a file); UserError naming the file if it cannot be read or the function fails."""
         try:
-            if self.archive:
-                return function(self.archive.read(self.members[name]))
-            with open(os.path.join(self.path, name), "rb") as file:
-                return function(file.read())
+            data = self.archive.read(self.members[name]) if self.archive else (self.path / name).read_bytes()
+            return function(data)
         except Exception as error:  # of the file, of the zip (encrypted: RuntimeError), or of Pillow, which raises many kinds
             why = "it is damaged or no image" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read image {name}, one of {len(self)} in {self.path}: {why}") from error

@@ -155,8 +155,7 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------- presets
 
-# sigma_data is the standard deviation of the images, for the preconditioning: 1 in the reference's checkpoints, whatever the
-# range of the pixels; for the digits theirs in [-1, 1], which trains faster.
+# sigma_data is 1 as in the reference's checkpoints; for the digits the standard deviation of their pixels: they train faster.
 DATA_PRESETS = {
     # data_name  size  channels  centered  workers  sigma_data  width  mult             blocks  attention  dropout
     "digits":   (8,    1,        True,     0,       0.75,       32,    (1, 2),          1,      (4,),      0.0),
@@ -227,9 +226,8 @@ def resolve(flags, base=None):
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, 1)
             raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
-    config, values = base, flags
+    config, values = base or Config(), flags
     if base is None:
-        config = Config()
         values = {**preset(flags.get("data_name", Data.data_name), flags.get("mode", Task.mode)), **flags}
     for name, section in SECTIONS.items():
         config = config.replace(name, **{f.name: values[f.name] for f in fields(section) if f.name in values})
@@ -340,10 +338,8 @@ def check(config):
         require(name, not (flow_map and values[name]), "left out, since the flow map has no SDE and no churn")
     require("churn", not (sampling.sde and sampling.churn), "left out with --sde, which adds noise at every step itself")
     require("s_min", sampling.s_min <= sampling.s_max, f"at most s_max, which is {sampling.s_max}")
-    if net.label_dim:
-        require("class_idx", sampling.class_idx < net.label_dim, f"below label_dim, which is {net.label_dim}")
-    else:
-        require("class_idx", sampling.class_idx < 0, "left out, since the model has no classes")
+    must = f"below label_dim, which is {net.label_dim}" if net.label_dim else "left out, since the model has no classes"
+    require("class_idx", sampling.class_idx < net.label_dim, must)
 
 
 # -------------------------------------------------------------------------------------------------- command line
