@@ -384,7 +384,7 @@ def to_uint8(x, centered):
 
 
 def data_mean(images, centered, bsz=256, num_workers=0):
-    """Mean image, float32 (C, H, W) in the model's range: each rank adds up its share."""
+    """Mean image, float32 (C, H, W) in the model's range.  Sums of uint8 are exact in float64: any number of ranks agrees."""
     mine = range(dist_util.rank(), len(images), dist_util.world_size())
 
     def add_up():
@@ -395,7 +395,6 @@ def data_mean(images, centered, bsz=256, num_workers=0):
                 bar.update(len(batch))
         return total
 
-    # Sums of uint8 are exact in float64: every rank count gives the same mean.
     mean = dist_util.sum_over_ranks(dist_util.agree(add_up)) / len(images) / 255
     return (2 * mean - 1 if centered else mean).float()
 

@@ -233,8 +233,7 @@ def resolve(flags, base=None):
         config = config.replace(name, **{f.name: values[f.name] for f in fields(section) if f.name in values})
     if base is None and "attn_resolutions" not in flags:
         config = _drop_attention(config)
-    check(config)
-    return config
+    return check(config)
 
 
 def to_dict(config):
@@ -265,9 +264,7 @@ def from_dict(plain):
         # Earlier versions had one setting for the grid of stage 2 and for sampling.
         config = config.replace("distil", grid_steps=config.sampling.num_steps, grid_rho=config.sampling.rho)
         config = config.replace("sampling", num_steps=1, churn=False)
-    config = _drop_attention(config)
-    check(config)
-    return config
+    return check(_drop_attention(config))
 
 
 def fits(value, kind):
@@ -299,7 +296,7 @@ def choose(name, value, table):
 
 
 def check(config):
-    """UserError, naming the flag, unless every value makes sense by itself and with the others."""
+    """The same Config; UserError, naming the flag, unless every value makes sense by itself and with the others."""
     values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
 
     def require(name, holds, must):
@@ -340,6 +337,7 @@ def check(config):
     require("s_min", sampling.s_min <= sampling.s_max, f"at most s_max, which is {sampling.s_max}")
     must = f"below label_dim, which is {net.label_dim}" if net.label_dim else "left out, since the model has no classes"
     require("class_idx", sampling.class_idx < net.label_dim, must)
+    return config
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -394,12 +392,8 @@ def parse(own, sections, argv=None, description="", source=None):
     `own` is the dataclass of the script's own settings, which hide those of the sections with the same name.  `source` is where
     --help says that the sections have their defaults, if that is neither the field nor the preset.
     """
-    parser = _Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_preset_table([f.name for name in sections for f in fields(SECTIONS[name])]),
-        allow_abbrev=False,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=formatter, epilog=_preset_table(sections), allow_abbrev=False)
     by_preset = {name for key in TRAIN_PRESETS for name in preset(*key)}
     for title, section in [(own.__doc__, own), *((name, SECTIONS[name]) for name in sections)]:
         group = parser.add_argument_group("distil, for --mode characteristic" if section is Distil else title)
@@ -420,8 +414,9 @@ def required(settings, *names):
             raise UserError(f"--{name} is missing: {next(f for f in fields(settings) if f.name == name).metadata['help']}")
 
 
-def _preset_table(wanted):
-    """The presets of the settings in `wanted`: one line a setting, one column a preset."""
+def _preset_table(sections):
+    """The presets of the settings in these sections: one line a setting, one column a preset."""
+    wanted = {f.name for name in sections for f in fields(SECTIONS[name])}
     lines, presets = ["presets:"], [{"data_name": name, "mode": mode, **preset(name, mode)} for name, mode in TRAIN_PRESETS]
     for name, f in SETTINGS.items():
         if name in ("data_name", "mode") or name in wanted and any(name in values for values in presets):
