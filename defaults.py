@@ -206,9 +206,6 @@ def preset(data_name, mode):
     }
 
 
-# ------------------------------------------------------------------------------------------------------- configs
-
-
 def resolutions(config):
     """Heights of the feature maps of a network, in pixels."""
     return [config.data.image_size >> level for level in range(len(config.network.channel_mult))]

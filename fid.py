@@ -433,9 +433,6 @@ def append_row(path, values, metadata, ref_path, forced):
         writer.writerow(row)
 
 
-# ---------------------------------------------------------------------------------------------------- the three modes
-
-
 def open_source(run, flags, device):
     """(set of images, what the statistics record of its making) of the data set, --img_folder or --checkpoint."""
     if run.mode == "ref":

@@ -184,7 +184,7 @@ CASES = [
     (nothing, "train.py --M 1e300", "--M is 1e+300"),
     (nothing, "train.py --sigma_data 1e300", "--sigma_data is 1e+300"),
     (nothing, "train.py --train_eps0 1e-300", "--train_eps0 is 1e-300"),
-    (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --bank_size 16777216 --num_steps 4095", "the bank of stage 2 takes"),
+    (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --bank_size 16777216 --num_steps 4095", "out of memory"),
     (nothing, "train.py --num_steps 65536", "--num_steps is 65536: it must be from 1 to 4096"),
     (copy("ode"), "teaser.py --checkpoint ode/latest.pth --start_seed 9223372036854775807", "each below 2^32"),
     (copy("ode"), "teaser.py --checkpoint ode/latest.pth --nsampling 99999999", "--nsampling is 99999999"),
