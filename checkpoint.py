@@ -205,9 +205,6 @@ def check_mean(mean, config, path):
         raise UserError(f"{path} is damaged: its mean is not a finite image of {shape}")
 
 
-# ------------------------------------------------------------------------------------------------- a run's checkpoints
-
-
 class Window:
     """Sums, in float64, of what the steps since the last line of metrics.jsonl logged, on this rank."""
 

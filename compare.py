@@ -57,34 +57,31 @@ def draw_images(models, run):
     misc.write_figure(run.dest, figure)
 
 
-def image_statistics(trained, mode, steps, extract, run):
-    """Statistics of the images of a model with so many steps, sampled here or found in --images."""
-    seeds, model = range(run.end_seed + 1), trained.with_steps(steps)
-    if run.images is None:
-        return fid.measure(generator.Generated(model, seeds), extract)
-    folder = Path(run.images) / f"{mode}-{steps}"
+def find_images(folder, record):
+    """The images in a folder; UserError unless its eval.json says that they are made as `record` says."""
     images, metadata = dataset.open_images(folder)
-    made_by, record = metadata["made_by"], model.record(seeds)
-    found, sampling = made_by.get("config", {}).get("sampling", {}), record["config"]["sampling"]
+    made_by, sampling = metadata["made_by"], record["config"]["sampling"]
+    found = made_by.get("config", {}).get("sampling", {})
     different = [k for k in sampling if k != "eval_bsz" and found.get(k) != sampling[k]]  # which changes no image
     if made_by.get("sha256") != record["sha256"] or different:
-        raise UserError(
-            f"{folder} was made from another checkpoint or with other {', '.join(different or ['weights'])}: make it again"
-        )
-    return fid.measure(images, extract)
+        names = ", ".join(different or ["weights"])
+        raise UserError(f"{folder} was made from another checkpoint or with other {names}: make it again")
+    return images
 
 
 def score(models, run, device):
     """The rows of the curves' table: mode, nfe, n, features, fid."""
-    reference = fid.read_statistics(run.ref_path)
-    extract, rows = fid.extractor(reference, models["denoiser"].mean.shape, run.end_seed + 1, device, run), []
+    reference, seeds, rows = fid.read_statistics(run.ref_path), range(run.end_seed + 1), []
+    extract = fid.extractor(reference, models["denoiser"].mean.shape, len(seeds), device, run)
     for mode, trained in models.items():
         for steps in run.num_steps:
-            images = image_statistics(trained, mode, steps, extract, run)
-            row = {"mode": mode, "nfe": generator.nfe(trained.with_steps(steps).config), "n": images.metadata["n"]}
-            rows.append(
-                {**row, "features": extract.metadata["features"], "fid": f"{fid.frechet_distance(reference, images):.4f}"}
-            )
+            model = trained.with_steps(steps)
+            images = generator.Generated(model, seeds)
+            if run.images is not None:
+                images = find_images(Path(run.images) / f"{mode}-{steps}", model.record(seeds))
+            found = fid.measure(images, extract)
+            row = {"mode": mode, "nfe": generator.nfe(model.config), **{k: found.metadata[k] for k in ("n", "features")}}
+            rows.append({**row, "fid": fid.show(fid.frechet_distance(reference, found))})
     if len({row["n"] for row in rows}) > 1:
         raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
     return rows
@@ -98,12 +95,12 @@ def draw_curves(rows, run):
         writer.writeheader()
         writer.writerows(rows)
     figure, (ax,) = misc.new_figure(1, 5, 3.5)
-    for mode in TITLES:
-        mine = [row for row in rows if row["mode"] == mode]
-        ax.plot([row["nfe"] for row in mine], [float(row["fid"]) for row in mine], "o-", label=TITLES[mode])
+    for mode, title in TITLES.items():
+        nfe, scores = zip(*((row["nfe"], float(row["fid"])) for row in rows if row["mode"] == mode))
+        ax.plot(nfe, scores, "o-", label=title)
     kind = "pixel FID" if rows[0]["features"] == "pixels" else "FID"
     ax.set(xlabel="network evaluations", ylabel=f"{kind}, {rows[0]['n']} images", xscale="log", yscale="log")
-    ax.set_xticks([row["nfe"] for row in mine], [row["nfe"] for row in mine], minor=False)
+    ax.set_xticks(nfe, nfe)
     ax.minorticks_off()
     ax.legend()
     misc.write_figure(f"{stem}-fid.png", figure)
@@ -131,8 +128,7 @@ def main():
             raise UserError("the two checkpoints make images of different shapes")
         rows = score(models, run, device) if run.ref_path else []
         draw_images(models, run)
-        for path in [run.dest] + (draw_curves(rows, run) if rows else []):
-            print(path)
+        print("\n".join([run.dest, *(draw_curves(rows, run) if rows else [])]))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """Images in: the data sets, files of images of any kind, batches in a fixed order, and what is refused.
 
 A data set has a length, `shape` (C, H, W), `labels` (N,), `class_names` (one or none where there are no classes),
-`batch(indices)` -> uint8 images (B, C, H, W) and int64 labels (B,), and `fingerprint()`, which tells it from others.
+`batch(indices)` -> uint8 images (B, C, H, W) and int64 labels (B,), and `fingerprint()`, which a run that continues compares.
 """
 
 import dist_util
 from dist_util import LoneError, UserError
 
-import dataclasses
 import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import struct
 import warnings
@@ -20,6 +18,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,19 +39,15 @@ class MemoryImages:
         return len(self.images)
 
     def fingerprint(self):
-        """SHA-256 of images and labels: what a run that continues compares."""
-        digest = hashlib.sha256(self.images.contiguous().numpy())
-        digest.update(self.labels.numpy())
-        return digest.hexdigest()
+        """SHA-256 of images and labels."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
     def batch(self, indices):
         return self.images[indices], self.labels[indices]
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp"}
+SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # all that Pillow may try, whatever a name says: fewer decoders for hostile files
-OURS = ("eval.json", "dataset.json")  # files that may lie beside images
-LARGEST_FILE = 2**28  # bytes of an image in a zip, unpacked
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # decode() does without
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels are no image to learn from
 
@@ -60,8 +55,8 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pix
 def decode(data, upright=False):
     """Pillow image in mode L or RGB from the bytes of a file, `upright` if asked; ValueError or OSError if it is none.
 
-    Black and white becomes grey, palettes become RGB, opaque alpha is dropped, a phone's MPO file is its first picture: nothing
-    is lost.  What would lose something is refused: transparency, more than 8 bits, CMYK, several frames.
+    Palettes become RGB, opaque alpha is dropped, a phone's MPO file is its first picture.  What would lose something is
+    refused: transparency, more than 8 bits, CMYK, several frames.
     """
     deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"  # Pillow would drop the low bits of 16 without a word
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -81,110 +76,96 @@ def decode(data, upright=False):
 
 
 def _in_folder(folder):
-    """The names of all files in a folder and below, links followed, and of the folders at its first level."""
+    """The names of all files and folders below a folder, links followed; those of folders end with /, as in a zip."""
 
     def refuse(error):
         raise error
 
-    names, classes, seen = [], [], set()  # links may lead back
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in seen:
+    names, seen, root = [], set(), os.path.join(folder, "")
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # links may lead back
             folders.clear()
             continue
-        classes = classes if seen else [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        seen.add((here.st_dev, here.st_ino))
-        names += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in files]
-    return names, classes
+        seen.add(os.path.realpath(place))
+        inside = [*files, *(f"{name}/" for name in folders)]
+        names += [os.path.join(place, name).removeprefix(root).replace(os.sep, "/") for name in inside]
+    return names
 
 
-def _in_zip(path, archive):
-    """{name: member} of a zip's files, with / for backslashes; UserError for what leads out of it or is too large."""
-    members = {}
-    for member in archive.infolist():
-        name = member.filename.replace("\\", "/")
+def _in_zip(archive):
+    """{name: member} of a zip, with / for backslashes; ValueError for what leads out of it or is too large."""
+    members = {member.filename.replace("\\", "/"): member for member in archive.infolist()}
+    for name, member in members.items():
         if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"{path} holds {name}, a path that leads out of it: pack it again")
-        if member.file_size > LARGEST_FILE:
-            raise UserError(f"{path} holds {name} of {member.file_size} bytes: too large for an image")
-        if not name.endswith("/"):
-            members[name] = member
+            raise ValueError(f"it holds {name}, a path that leads out of it: pack it again")
+        if member.file_size > 2**28:
+            raise ValueError(f"it holds {name} of {member.file_size} bytes: too large for an image")
     return members
 
 
 class ImageFiles:
     """Images of a flat folder, of class folders (nested or not) or of a zip of either, in the order of their names.
 
-    The class is the first folder level under `path`, where there is one, or what EDM's dataset.json says.  With `size` and
-    `channels`, for training, images are turned upright, cropped to their central square, resized (Lanczos) and converted.
-    Without, for scores, they are taken as they are and must be alike.  Other files are passed over.
+    The class is the first folder level, or what EDM's dataset.json says.  With `size` and `channels`, for training, images are
+    turned upright, cropped to their central square, resized (Lanczos) and converted.  Without, for scores, they must be alike.
     """
 
     def __init__(self, path, size=None, channels=None):
-        self.path, self.size, self.channels = Path(path), size, channels
-        self.archive, self.first_shape, self.labelled_by = None, None, []
+        self.path, self.size, self.channels, self.archive = Path(path), size, channels, None
         try:
             if self.path.is_dir():
-                names, folders = _in_folder(self.path)
-            elif zipfile.is_zipfile(self.path):
-                self.archive = zipfile.ZipFile(self.path)
-                self.members = _in_zip(self.path, self.archive)
-                names, folders = list(self.members), []
+                found = _in_folder(self.path)
             else:
-                raise UserError(f"{self.path} is neither a folder nor a zip of images")
-        except UserError:
-            raise
+                self.archive = zipfile.ZipFile(self.path)
+                found = self.members = _in_zip(self.archive)
+        except (zipfile.BadZipFile, FileNotFoundError) as error:
+            raise UserError(f"{self.path} is neither a folder nor a zip of images: {error.args[-1]}") from error
         except Exception as error:  # OSError, and whatever a damaged zip runs into
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
-        visible = [n for n in sorted(names) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
-        self.names = [n for n in visible if os.path.splitext(n)[1].lower() in SUFFIXES]
-        others = sorted({n for n in visible if n.split("/")[-1] not in OURS} - set(self.names))
-        beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
+        visible = [n for n in sorted(found) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        files = [n for n in visible if not n.endswith("/")]
+        self.names = [n for n in files if n.lower().endswith(SUFFIXES)]
+        others = sorted({n for n in files if n.split("/")[-1] not in ("eval.json", "dataset.json")} - set(self.names))
         if not self.names:
-            kinds = ", ".join(sorted(SUFFIXES))
+            beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
+            kinds = ", ".join(SUFFIXES)
             raise UserError(f"no images in {self.path}{beside}: expected {kinds} files, flat or in class folders")
         if others:
-            count = f"{len(self.names)} image{'s' * (len(self.names) != 1)}"
-            misc.log(f"warning: {self.path} holds {count} and {len(others)} other files, such as {others[0]}: passed over")
-        if "dataset.json" in visible and size is not None:  # scores need no labels
-            self.labelled_by = ["dataset.json"]
+            held = f"{self.path} holds {len(self)} images and {len(others)} other files"
+            misc.log(f"warning: {held}, such as {others[0]}: passed over")
+        self.labelled_by = ["dataset.json"] if "dataset.json" in files and size is not None else []  # scores need no labels
+        if self.labelled_by:
             return self._take_labels()
         places = [n.split("/")[0] if "/" in n else "" for n in self.names]
-        self.class_names = tuple(sorted({*places, *folders}))
+        self.class_names = tuple(sorted({*places, *(n.split("/")[0] for n in visible if "/" in n)}))
         numbers = {name: i for i, name in enumerate(self.class_names)}
         self.labels = torch.tensor([numbers[place] for place in places])
 
     def _take_labels(self):
         """Labels and classes of EDM's dataset.json, {"labels": [[name, class number], ...]}; null is one class."""
         try:
-            listed = json.loads(self.use("dataset.json", lambda data: data))["labels"]
+            listed = json.loads(self.use("dataset.json"))["labels"]
             labels = dict(listed or dict.fromkeys(self.names, 0))
-            kinds = {type(labels[name]) for name in self.names}
-            if kinds == {int}:
-                self.labels = torch.tensor([labels[name] for name in self.names])
-            if kinds != {int} or not 0 <= self.labels.min() <= self.labels.max() < 2**20:
+            numbers = [labels[name] for name in self.names]
+            if not all(type(number) is int and 0 <= number < 2**20 for number in numbers):
                 raise ValueError("labels are not class numbers")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             missing = f"{error} has no label" if isinstance(error, KeyError) else error
             raise UserError(f"dataset.json in {self.path} does not label these images: {missing}; mend or remove it") from error
-        self.class_names = tuple(map(str, range(int(self.labels.max()) + 1)))
+        self.labels, self.class_names = torch.tensor(numbers), tuple(map(str, range(max(numbers) + 1)))
 
     def __len__(self):
         return len(self.names)
 
-    @property
+    @cached_property
     def shape(self):
-        if self.first_shape is None:
-            self.first_shape = tuple(self.read(0).shape)
-        return self.first_shape
+        return tuple(self.read(0).shape)
 
-    def use(self, name, function):
+    def use(self, name, function=bytes):
         """function(bytes of a file); UserError naming the file if it cannot be read or the function fails."""
         try:
-            if self.archive:
-                return function(self.archive.read(self.members[name]))
-            with open(os.path.join(self.path, name), "rb") as file:
-                return function(file.read())
+            data = self.archive.read(self.members[name]) if self.archive else (self.path / name).read_bytes()
+            return function(data)
         except Exception as error:  # of the file, of the zip (encrypted: RuntimeError), or of Pillow, which raises many kinds
             why = "it is damaged or no image" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"cannot read image {name}, one of {len(self)} in {self.path}: {why}") from error
@@ -194,17 +175,14 @@ class ImageFiles:
         return [self.names[i] for i in sorted({i * (len(self) - 1) // 63 for i in range(64)})]
 
     def fingerprint(self):
-        """SHA-256 of all names and of 64 of the files: what a run that continues compares.
-
-        All files would take as long as reading them.  Packing a folder into a zip changes nothing.
-        """
+        """SHA-256 of all names and of 64 of the files, as all would take long; a folder and its zip have the same."""
         digest = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
-        for name in [*self.sample(), *self.labelled_by]:
-            digest.update(self.use(name, lambda data: data))
+        for name in self.sample() + self.labelled_by:
+            digest.update(self.use(name))
         return digest.hexdigest()
 
     def conversions(self):
-        """Lines about what is done to the images, as 64 of them show, that a reader may not expect."""
+        """Lines about what is done to the images that a reader may not expect, as 64 of them show."""
         found = []
         for name in self.sample():
             with suppress(UserError):  # it is named when it is read
@@ -235,21 +213,6 @@ class ImageFiles:
         return torch.stack(images), self.labels[indices]
 
 
-class ArrayOnDisk:
-    """uint8 images (N, H, W, C) at `offset` of a file, as a data set of batches (B, C, H, W), all of class 0."""
-
-    def __init__(self, path, offset, shape):
-        self.path, self.offset, self.array_shape = path, offset, shape
-        self.shape = (shape[3], *shape[1:3])
-
-    def __len__(self):
-        return self.array_shape[0]
-
-    def batch(self, indices):
-        array = np.memmap(self.path, np.uint8, "r", self.offset, self.array_shape)  # of this batch alone: pages go when it does
-        return torch.from_numpy(array[indices]).permute(0, 3, 1, 2), torch.zeros(len(indices), dtype=torch.long)
-
-
 class Grey:
     """A set of colour images whose three channels are equal, as the grey images that they are."""
 
@@ -276,38 +239,18 @@ def refuse_bombs(archive):
 
 
 def load_array(path):
-    """Data set of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them.
-
-    They stay on the disk and are read when needed, unless the npz is compressed.
-    """
+    """MemoryImages of the uint8 images `arr_0` (N, H, W, 1 or 3) of an npz file, as samplers of others write them."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            refuse_bombs(archive)
-            member = archive.getinfo("arr_0.npy")
-        if member.compress_type == zipfile.ZIP_STORED:
-            with open(path, "rb") as file:
-                file.seek(member.header_offset)
-                file.seek(sum(struct.unpack("<HH", file.read(30)[26:])), os.SEEK_CUR)  # past the name and the extra field
-                major, _ = np.lib.format.read_magic(file)
-                read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-                shape, columns_first, dtype = read_header(file)
-                if dtype.hasobject or columns_first or file.tell() + math.prod(shape) > os.path.getsize(path):
-                    raise ValueError("not a plain array, or not all of it")
-                array = ArrayOnDisk(path, file.tell(), shape)
-        else:
-            with np.load(path, allow_pickle=False) as archive:
-                array = archive["arr_0"]
-                shape, dtype = array.shape, array.dtype
+        with np.load(path, allow_pickle=False) as archive:
+            refuse_bombs(archive.zip)
+            array = archive["arr_0"]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged zip, missing or pickled array
         raise UserError(f"{path} is not an npz file with an array `arr_0` of images, or it is damaged") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
-        raise UserError(f"{path} holds {dtype} {shape}: expected uint8 images (N, H, W, 1 or 3)")
-    return array if isinstance(array, ArrayOnDisk) else MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
-
-
-# A data set is loaded by a function of the settings (defaults.Data) and of whether missing files may be downloaded.
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+        raise UserError(f"{path} holds {array.dtype} {array.shape}: expected uint8 images (N, H, W, 1 or 3)")
+    return MemoryImages(torch.from_numpy(array).permute(0, 3, 1, 2))
 
 
 def load_digits(data, download):
@@ -316,7 +259,7 @@ def load_digits(data, download):
     with np.load(Path(__file__).parent / "data" / "digits.npz") as archive:
         levels, labels = archive["images"], archive["labels"]  # levels 0 ... 16
     images = np.floor(levels[:, None] * (255 / 16) + 0.5).astype(np.uint8)
-    return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels).long(), tuple("0123456789"))
+    return MemoryImages(torch.from_numpy(images), torch.from_numpy(labels), tuple("0123456789"))
 
 
 def read_idx(path):
@@ -335,19 +278,17 @@ def read_idx(path):
 def load_mnist(data, download):
     folder = Path(data.data_path) / "MNIST" / "raw"
 
-    def find(kind):
-        path = folder / f"train-{kind}-ubyte"
-        return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.exists()), None)
+    def find():
+        files = [folder / f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        return [next((p for p in (file, file.with_name(f"{file.name}.gz")) if p.exists()), None) for file in files]
 
-    kinds = ("images-idx3", "labels-idx1")
-    _fetch("MNIST", data, download and not all(map(find, kinds)))
-    if not all(map(find, kinds)):
+    _fetch("MNIST", data, download and not all(find()))
+    if not all(find()):
         _fail("mnist", folder, "train-images-idx3-ubyte and train-labels-idx1-ubyte, unpacked or .gz,")
-    images, labels = (read_idx(find(kind)) for kind in kinds)
+    images, labels = map(read_idx, find())
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not labels.size > 0 or labels.max() > 9:
         raise UserError(f"{folder} holds images {images.shape} and labels {labels.shape}, not MNIST's: get the files again")
-    labels = torch.from_numpy(labels.astype(np.int64))
-    return MemoryImages(torch.from_numpy(images[:, None].copy()), labels, tuple("0123456789"))
+    return MemoryImages(torch.tensor(images[:, None]), torch.tensor(labels), tuple("0123456789"))
 
 
 def load_cifar(data, download):
@@ -366,16 +307,15 @@ def load_cifar(data, download):
 
 
 def _fetch(name, data, wanted):
-    """Let rank 0 download a data set of torchvision's; a failure leaves no empty folders."""
-    root = Path(data.data_path)
+    """Let rank 0 download a data set of torchvision's if any rank wants it; a failure leaves no empty folders."""
 
     def fetch():
         from torchvision import datasets
 
-        deepest = root / "MNIST" / "raw"
+        deepest = Path(data.data_path) / "MNIST" / "raw"
         missing = [p for p in (deepest, *deepest.parents) if not p.exists()]
         try:
-            getattr(datasets, name)(root, train=True, download=True)
+            getattr(datasets, name)(data.data_path, train=True, download=True)
         except (RuntimeError, OSError) as error:  # URLError is an OSError
             misc.log(f"{name} could not be downloaded: {' '.join(str(error).split())}")
             for folder in missing:
@@ -392,24 +332,19 @@ def _fail(name, folder, files, other=()):
     raise UserError(f"{name} is not in {folder.absolute()}{there}: {advice}")
 
 
-def load_afhq(data, download):
-    path = Path(data.data_path) / "afhq" / "train"
-    if not path.is_dir():
-        advice = "--data_path names the folder that holds afhq/train/{cat,dog,wild}, or use --data_name digits"
-        raise UserError(f"there is no folder {path.absolute()}: {advice}")
-    return load_folder(dataclasses.replace(data, data_path=str(path)), download)
-
-
-def load_folder(data, download):
-    path, advice = Path(data.data_path), "--data_path names what holds the images, or use --data_name digits"
-    try:
+def load_folder(data, download, inner="", what="the images"):
+    path, advice = Path(data.data_path, inner), f"--data_path names what holds {what}, or use --data_name digits"
+    with suppress(OSError):  # ImageFiles says what is wrong then
         if not path.exists():
             raise UserError(f"{path.absolute()} is missing: {advice}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
     return ImageFiles(path, data.image_size, data.image_channels)
 
 
+def load_afhq(data, download):
+    return load_folder(data, download, "afhq/train", "afhq/train/{cat,dog,wild}")
+
+
+# name: function of the settings, defaults.Data, and of whether missing files may be downloaded
 DATASETS = {"digits": load_digits, "mnist": load_mnist, "cifar": load_cifar, "afhq": load_afhq, "folder": load_folder}
 
 
@@ -449,7 +384,7 @@ def to_uint8(x, centered):
 
 
 def data_mean(images, centered, bsz=256, num_workers=0):
-    """Mean image, float32 (C, H, W) in the model's range: each rank adds up its share."""
+    """Mean image, float32 (C, H, W) in the model's range.  Sums of uint8 are exact in float64: any number of ranks agrees."""
     mine = range(dist_util.rank(), len(images), dist_util.world_size())
 
     def add_up():
@@ -460,7 +395,6 @@ def data_mean(images, centered, bsz=256, num_workers=0):
                 bar.update(len(batch))
         return total
 
-    # Sums of uint8 are exact in float64: every rank count gives the same mean.
     mean = dist_util.sum_over_ranks(dist_util.agree(add_up)) / len(images) / 255
     return (2 * mean - 1 if centered else mean).float()
 
@@ -470,38 +404,27 @@ def one_hot(labels, label_dim):
     return torch.nn.functional.one_hot(labels, label_dim).float() if label_dim else None
 
 
-class Batches:
-    """Index batches of one rank, without end, from optimizer step `start` on.
+def index_batches(length, seed, start, global_bsz, bsz):
+    """Yield lists of `bsz` indices for this rank, without end, from optimizer step `start` on.
 
-    The order is one stream of shuffled epochs, a function of the seed alone.  Step n takes its images from position
-    n global_bsz on; its rounds and ranks split them, so that their numbers do not change which images a step uses.
+    The order is one stream of shuffled epochs, a function of the seed alone.  Step n takes `global_bsz` images from position
+    n global_bsz on, and its rounds and ranks split them: their numbers do not change which images a step uses.
     """
 
-    def __init__(self, length, seed, start, global_bsz, bsz):
-        self.length, self.seed, self.start, self.global_bsz, self.bsz = length, seed, start, global_bsz, bsz
+    @lru_cache(2)  # a batch may reach into the next epoch
+    def order(epoch):
+        generator = torch.Generator().manual_seed(misc.derive_seed(seed, "order", epoch))
+        return torch.randperm(length, generator=generator).tolist()
 
-    def __iter__(self):
-        orders = {}
-        position = self.start * self.global_bsz + dist_util.rank() * self.bsz
-        while True:
-            indices = []
-            for p in range(position, position + self.bsz):
-                epoch = p // self.length
-                if epoch not in orders:  # one or two are remembered
-                    orders = {e: o for e, o in orders.items() if e == epoch - 1}
-                    generator = torch.Generator().manual_seed(misc.derive_seed(self.seed, "order", epoch))
-                    orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
-                indices.append(orders[epoch][p % self.length])
-            yield indices
-            position += self.bsz * dist_util.world_size()
+    position = start * global_bsz + dist_util.rank() * bsz
+    while True:
+        yield [order(p // length)[p % length] for p in range(position, position + bsz)]
+        position += bsz * dist_util.world_size()
 
 
 def batches(images, data, train, start):
-    """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round, for this rank.
-
-    LoneError for an image that cannot be read.
-    """
-    order = Batches(len(images), train.seed, start, train.global_bsz, train.bsz)
+    """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round; LoneError if one cannot be read."""
+    order = index_batches(len(images), train.seed, start, train.global_bsz, train.bsz)
     try:
         yield from read_ahead(images, order, data.num_workers, pin=torch.cuda.is_available())
     except UserError as error:
@@ -509,10 +432,7 @@ def batches(images, data, train, start):
 
 
 def read_ahead(images, order, workers, pin=False):
-    """Yield images.batch(indices) for the lists of indices in `order`; each of the `workers`, threads, reads two batches ahead.
-
-    Threads, since decoding and disks leave Python's lock alone, and since they need no shared memory.
-    """
+    """Yield images.batch(indices) for the lists of indices in `order`.  `workers` are threads, which need no shared memory."""
 
     def read(indices):
         batch = images.batch(list(indices))
@@ -534,20 +454,16 @@ def read_ahead(images, order, workers, pin=False):
 
 
 def check_record(made_by):
-    """ValueError, AttributeError unless the record of how images were made, eval.json, holds sections of settings or none."""
+    """ValueError or AttributeError unless the configuration in eval.json, if there is one, has sections."""
     if not all(isinstance(section, dict) for section in made_by.get("config", {}).values()):
         raise ValueError("no configuration")
 
 
 def open_images(path):
-    """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty.
-
-    UserError if the folder lacks images that the record speaks of.
-    """
+    """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     if Path(path).suffix == ".npz":
         return load_array(path), {"source": str(path), "made_by": {}}
-    images = ImageFiles(path)
-    record, made_by = Path(path) / "eval.json", {}
+    images, record, made_by = ImageFiles(path), Path(path) / "eval.json", {}
     if record.is_file():
         try:
             made_by = json.loads(record.read_text())

@@ -17,17 +17,13 @@ import sde
 
 
 def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True):
-    """A field that is a setting.
+    """A field that is a setting; its values are within `limits` (least and greatest), among `choices`, or truly `between` two.
 
-    limits    least and greatest value: more would be a slip, and would fill the memory or take for ever
-    choices   the values allowed
-    between   (low, high), both excluded
-    path      for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or ""
-    flag      False for what is recorded, and no flag
+    `path` is for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or "".
+    `flag` is False for what is recorded, and no flag.
     """
-    least, most = limits
-    limits = {"least": least, "most": most, "choices": choices, "between": between}
-    return field(default=default, metadata={"help": help, "path": path, "flag": flag, **limits})
+    allowed = {"least": limits[0], "most": limits[1], "choices": choices, "between": between}
+    return field(default=default, metadata={"help": help, "path": path, "flag": flag, **allowed})
 
 
 def file(help, ending=""):
@@ -36,26 +32,16 @@ def file(help, ending=""):
 
 
 MANY, SHARE, TIME = 2**31, (0, 1), (1e-8, 1)
-
-
-# ------------------------------------------------------------------------------------------------------ settings
+MODES = ("denoiser", "characteristic")
 
 
 @dataclass(frozen=True)
 class Task:
-    """task"""
-
-    mode: str = setting(
-        "denoiser",
-        "train.py: denoiser for stage 1, characteristic for stage 2; elsewhere the checkpoint knows it, and another is refused",
-        choices=("denoiser", "characteristic"),
-    )
+    mode: str = setting("denoiser", "denoiser: stage 1, characteristic: stage 2; a checkpoint refuses the other", choices=MODES)
 
 
 @dataclass(frozen=True)
 class Data:
-    """data"""
-
     data_name: str = setting("digits", "data set", choices=lambda: tuple(DATA_PRESETS))
     data_path: str = setting(
         "data",
@@ -73,8 +59,6 @@ class Data:
 
 @dataclass(frozen=True)
 class Network:
-    """network"""
-
     architecture: str = setting("ddpmpp", "U-Net of Song et al., DDPM++ or NCSN++", choices=("ddpmpp", "ncsnpp"))
     model_channels: int = setting(128, "channels at full resolution, before --channel_mult", (1, 2**16))
     channel_mult: tuple[int, ...] = setting((1, 2, 2, 2), "channels at each resolution, in model_channels")
@@ -90,16 +74,12 @@ class Network:
 
 @dataclass(frozen=True)
 class Train:
-    """training"""
-
     train_steps: int = setting(10000, "optimizer steps in all", (1, MANY))
     global_bsz: int = setting(1024, "images per optimizer step, over all ranks and accumulation rounds", (1, 2**24))
     bsz: int = setting(128, "images per rank and round; global_bsz must be a multiple of bsz times the ranks", (1, 2**20))
     lr: float = setting(1e-3, "learning rate (RAdam, gradient norm clipped to 1)", between=(0, 10))
     lr_rampup_steps: int = setting(500, "steps of linear warm-up", (0, MANY))
-    lr_decay: str = setting(
-        "none", "none: constant after the warm-up; cosine: times half a cosine, 0 at the end", choices=("none", "cosine")
-    )
+    lr_decay: str = setting("none", "after the warm-up; none: constant, cosine: half a cosine to 0", choices=("none", "cosine"))
     ema_decay: float = setting(0.999, "decay of the average of the weights: min(this, (1 + step)/(10 + step))", SHARE)
     train_eps0: float = setting(1e-5, "least time trained, and last positive time of stage 2's grid", between=TIME)
     train_eps1: float = setting(1e-3, "stage 2's grid starts at t = 1 - this", between=TIME)
@@ -113,48 +93,33 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Distil:
-    """stage 2 (--mode characteristic)"""
-
+class Distil:  # stage 2
     objective: str = setting(
-        "trajectory",
-        "trajectory: regression on stored solutions of the teacher's ODE (the paper); semigroup: consistency along the ODE "
-        "(the authors' code)",
+        "trajectory", "trajectory: regression on solutions of the ODE (paper); semigroup: consistency along it (authors' code)"
     )
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
     teacher_solver: str = setting("deis", "solver of the teacher's ODE", choices=lambda: sde.SOLVERS)
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
-    adaptive_weight: bool = setting(
-        True, "scale the stage-1 loss until its gradient at the last layer is as large as the distance's"
-    )
+    adaptive_weight: bool = setting(True, "scale the stage-1 loss to the distance's gradient norm at the last layer")
     dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", SHARE)
     one_step_share: float = setting(0.4, "trajectory: share of pairs (noise, data)", SHARE)
     to_data_share: float = setting(0.2, "trajectory: share of pairs (any time, data)", SHARE)
     bank_size: int = setting(8192, "trajectory: solutions stored, over all ranks", (1, 2**24))
-    bank_refresh_freq: int = setting(
-        32, "trajectory: steps between renewals of the oldest global_bsz solutions; 0: never", (0, MANY)
-    )
+    bank_refresh_freq: int = setting(32, "trajectory: steps between renewals of the oldest global_bsz; 0: never", (0, MANY))
     bank_dtype: str = setting("float32", "trajectory: precision of the solutions", choices=("float32", "float16"))
     teacher_steps: int = setting(19, "semigroup: greatest number of teacher steps from t to u", (1, 4096))
     teacher_steps_strategy: str = setting(
-        "proportional",
-        "semigroup: the probability of n teacher steps is proportional to n, or the same for all n",
-        choices=("proportional", "uniform"),
+        "proportional", "semigroup: probability of n teacher steps: as n, or all equal", choices=("proportional", "uniform")
     )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """sampling"""
-
     ode_solver: str = setting("deis", "solver of the denoiser's ODE; a flow map needs none", choices=lambda: sde.SOLVERS)
     num_steps: int = setting(
-        20,
-        "steps from noise to data: network calls, and more for heun (20 for a denoiser, 1 for a flow map; for train.py in "
-        "stage 2, the steps of the grid it learns on: 20)",
-        (1, 4096),
+        20, "steps from noise to data; heun calls more often (20, flow map 1; train.py in stage 2: its grid, 20)", (1, 4096)
     )
     rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced", between=(0.1, 100))
     eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
@@ -174,22 +139,16 @@ class Speed:
 
     precision: str = setting(
         "fp32",
-        "of the network alone, all else is float32; fp32: strict; tf32: the matrix units of a GPU; bf16: autocast to bfloat16 "
-        "(train.py's default: bf16 on processors that have it, else fp32; elsewhere fp32)",
+        "of the network; all else is float32. fp32: strict; tf32: a GPU's matrix units; bf16: autocast (train.py: bf16 where "
+        "the processor computes in it, else fp32; elsewhere fp32)",
         choices=("fp32", "tf32", "bf16"),
     )
-    compile: bool = setting(False, "compile the network (one to two minutes, then faster); needs a C++ compiler")
+    compile: bool = setting(False, "compile the network, which takes a minute or two; needs a C++ compiler")
 
 
-SECTIONS = {
-    "task": Task,
-    "data": Data,
-    "network": Network,
-    "train": Train,
-    "distil": Distil,
-    "sampling": Sampling,
-    "speed": Speed,
-}
+SECTIONS = {"task": Task, "data": Data, "network": Network, "train": Train, "distil": Distil}
+SECTIONS |= {"sampling": Sampling, "speed": Speed}
+SETTINGS = {f.name: f for section in SECTIONS.values() for f in fields(section)}
 
 
 @dataclass(frozen=True)
@@ -211,27 +170,19 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------- presets
 
-# Size, channels and range of the images, and their standard deviation for the preconditioning: 1 in the reference's
-# checkpoints, whatever the range; for the digits that of their pixels in [-1, 1], 0.75, which trains faster.
+# sigma_data is 1 as in the reference's checkpoints; for the digits the standard deviation of their pixels: they train faster.
 DATA_PRESETS = {
-    # data_name  size  channels  centered  num_workers  sigma_data
-    "digits":   (8,    1,        True,     0,           0.75),
-    "mnist":    (28,   1,        False,    0,           1.0),
-    "cifar":    (32,   3,        True,     0,           1.0),
-    "afhq":     (64,   3,        True,     2,           1.0),
-    "folder":   (64,   3,        True,     2,           1.0),
+    # data_name  size  channels  centered  workers  sigma_data  width  mult             blocks  attention  dropout
+    "digits":   (8,    1,        True,     0,       0.75,       32,    (1, 2),          1,      (4,),      0.0),
+    "mnist":    (28,   1,        False,    0,       1.0,        32,    (1, 2, 2),       4,      (14,),     0.1),
+    "cifar":    (32,   3,        True,     0,       1.0,        128,   (1, 2, 2, 2),    4,      (16,),     0.1),
+    "afhq":     (64,   3,        True,     2,       1.0,        128,   (1, 1, 2, 2, 2), 4,      (16,),     0.1),
+    "folder":   (64,   3,        True,     2,       1.0,        128,   (1, 2, 2, 2),    4,      (16,),     0.1),
 }  # fmt: skip
-DATA_COLUMNS = ("image_size", "image_channels", "centered", "num_workers", "sigma_data")
-
-NETWORK_PRESETS = {
-    # data_name  channels  mult             blocks  attention  dropout
-    "digits":   (32,       (1, 2),          1,      (4,),      0.0),
-    "mnist":    (32,       (1, 2, 2),       4,      (14,),     0.1),
-    "cifar":    (128,      (1, 2, 2, 2),    4,      (16,),     0.1),
-    "afhq":     (128,      (1, 1, 2, 2, 2), 4,      (16,),     0.1),
-    "folder":   (128,      (1, 2, 2, 2),    4,      (16,),     0.1),
-}  # fmt: skip
-NETWORK_COLUMNS = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
+DATA_COLUMNS = (
+    "image_size", "image_channels", "centered", "num_workers", "sigma_data", "model_channels", "channel_mult", "num_blocks",
+    "attn_resolutions", "dropout",
+)  # fmt: skip
 
 TRAIN_PRESETS = {
     # data_name, mode              steps   global_bsz  bsz   lr    warm-up  decay     EMA     eps0   logs  samples  dump
@@ -260,46 +211,41 @@ OTHER_PRESETS = {
 
 def preset(data_name, mode):
     """{setting: value} that `--data_name` and `--mode` choose."""
-    for name, value, known in (("data_name", data_name, DATA_PRESETS), ("mode", mode, ("denoiser", "characteristic"))):
-        choose(name, value, known)
+    choose("data_name", data_name, DATA_PRESETS)
+    choose("mode", mode, MODES)
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
-        **dict(zip(NETWORK_COLUMNS, NETWORK_PRESETS[data_name])),
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
         "num_steps": 1 if mode == "characteristic" else 20,
         **OTHER_PRESETS.get(data_name, {}),
     }
 
 
-# ------------------------------------------------------------------------------------------------------- configs
-
-
-def resolutions(image_size, channel_mult):
+def resolutions(config):
     """Heights of the feature maps of a network, in pixels."""
-    return [image_size >> level for level in range(len(channel_mult))]
+    return [config.data.image_size >> level for level in range(len(config.network.channel_mult))]
+
+
+def _drop_attention(config):
+    """The same without attention at resolutions that the network lacks."""
+    has = resolutions(config)
+    return config.replace("network", attn_resolutions=tuple(r for r in config.network.attn_resolutions if r in has))
 
 
 def resolve(flags, base=None):
     """Config from explicit flags {setting: value} over `base`, a Config, or over the preset they choose; or UserError."""
-    known = [f.name for section in SECTIONS.values() for f in fields(section)]
     for name in flags:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, 1)
             raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
-    values = dict(flags)
+    config, values = base or Config(), flags
     if base is None:
-        base = Config()
-        chosen = preset(values.get("data_name", base.data.data_name), values.get("mode", base.task.mode))
-        values = {**chosen, **values}
-        if "attn_resolutions" not in flags:  # the preset's, where the network has them
-            has = resolutions(values["image_size"], values["channel_mult"])
-            values["attn_resolutions"] = tuple(r for r in values["attn_resolutions"] if r in has)
-    parts = {name: [f.name for f in fields(section) if f.name in values] for name, section in SECTIONS.items()}
-    config = Config(
-        **{name: dataclasses.replace(getattr(base, name), **{key: values[key] for key in keys}) for name, keys in parts.items()}
-    )
-    check(config)
-    return config
+        values = {**preset(flags.get("data_name", Data.data_name), flags.get("mode", Task.mode)), **flags}
+    for name, section in SECTIONS.items():
+        config = config.replace(name, **{f.name: values[f.name] for f in fields(section) if f.name in values})
+    if base is None and "attn_resolutions" not in flags:
+        config = _drop_attention(config)
+    return check(config)
 
 
 def to_dict(config):
@@ -330,10 +276,7 @@ def from_dict(plain):
         # Earlier versions had one setting for the grid of stage 2 and for sampling.
         config = config.replace("distil", grid_steps=config.sampling.num_steps, grid_rho=config.sampling.rho)
         config = config.replace("sampling", num_steps=1, churn=False)
-    has = resolutions(config.data.image_size, config.network.channel_mult)
-    config = config.replace("network", attn_resolutions=tuple(r for r in config.network.attn_resolutions if r in has))
-    check(config)
-    return config
+    return check(_drop_attention(config))
 
 
 def fits(value, kind):
@@ -365,58 +308,48 @@ def choose(name, value, table):
 
 
 def check(config):
-    """UserError, naming the flag, unless every value makes sense by itself and with the others."""
+    """The same Config; UserError, naming the flag, unless every value makes sense by itself and with the others."""
+    values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
 
-    def fail(name, value, must):
-        raise UserError(f"--{flag_of(name)} is {value}: it must be {must}")
+    def require(name, holds, must):
+        if not holds:
+            raise UserError(f"--{flag_of(name)} is {values[name]}: it must be {must}")
 
-    for section in vars(config).values():
-        for f in fields(section):
-            value, low, high = getattr(section, f.name), f.metadata["least"], f.metadata["most"]
-            if f.metadata["choices"]:
-                choose(f.name, value, choices(f))
-            if low is not None and not low <= value <= high:
-                fail(f.name, value, f"from {low} to {high}")
-            if f.metadata["between"]:
-                low, high = f.metadata["between"]
-                if not low < value < high:
-                    fail(f.name, value, f"between {low} and {high}, both excluded")
+    for name, f in SETTINGS.items():
+        value, low, high = values[name], f.metadata["least"], f.metadata["most"]
+        if f.metadata["choices"]:
+            choose(name, value, choices(f))
+        if low is not None:
+            require(name, low <= value <= high, f"from {low} to {high}")
+        if f.metadata["between"]:
+            low, high = f.metadata["between"]
+            require(name, low < value < high, f"between {low} and {high}, both excluded")
     data, net, train, distil, sampling = config.data, config.network, config.train, config.distil, config.sampling
     size, channels = DATA_PRESETS[data.data_name][:2]
-    if data.data_name not in ("afhq", "folder") and data.image_size != size:
-        fail("image_size", data.image_size, f"{size} for {data.data_name}")
-    if data.data_name != "folder" and data.image_channels != channels:
-        fail("image_channels", data.image_channels, f"{channels} for {data.data_name}")
-    if not net.channel_mult or min(net.channel_mult) < 1 or max(net.channel_mult) > 1024:
-        fail("channel_mult", net.channel_mult, "one or more numbers from 1 to 1024")
-    halvings = len(net.channel_mult) - 1
-    if data.image_size % 2**halvings:
-        fail("image_size", data.image_size, f"divisible by {2**halvings}, for {halvings + 1} resolutions")
-    has = resolutions(data.image_size, net.channel_mult)
-    if not set(net.attn_resolutions) <= set(has):
-        fail("attn_resolutions", net.attn_resolutions, f"some of the network's resolutions, {has}")
-    if net.model_channels % 4:
-        fail("model_channels", net.model_channels, "a multiple of 4")
-    for low, high, where in ((train.train_eps0, train.train_eps1, "train"), (sampling.eval_eps0, sampling.eval_eps1, "eval")):
-        if low >= 1 - high:
-            fail(f"{where}_eps0", low, f"below 1 - {where}_eps1, which is {1 - high}")
-    if distil.one_step_share + distil.to_data_share > 1:
-        fail("to_data_share", distil.to_data_share, "at most 1 - one_step_share")
-    if config.task.mode == "characteristic" and distil.objective == "trajectory" and distil.dsm_weight:
+    require("image_size", data.data_name in ("afhq", "folder") or data.image_size == size, f"{size} for {data.data_name}")
+    require("image_channels", data.data_name == "folder" or data.image_channels == channels, f"{channels} for {data.data_name}")
+    mult = net.channel_mult
+    require("channel_mult", mult and min(mult) >= 1 and max(mult) <= 1024, "one or more numbers from 1 to 1024")
+    factor = 2 ** (len(mult) - 1)
+    require("image_size", data.image_size % factor == 0, f"divisible by {factor}, for {len(mult)} resolutions")
+    has = resolutions(config)
+    require("attn_resolutions", set(net.attn_resolutions) <= set(has), f"some of the network's resolutions, {has}")
+    require("model_channels", net.model_channels % 4 == 0, "a multiple of 4")
+    for low, high in (("train_eps0", "train_eps1"), ("eval_eps0", "eval_eps1")):
+        require(low, values[low] < 1 - values[high], f"below 1 - {high}, which is {1 - values[high]}")
+    require("to_data_share", distil.one_step_share + distil.to_data_share <= 1, "at most 1 - one_step_share")
+    flow_map = config.task.mode == "characteristic"
+    if flow_map and distil.objective == "trajectory" and distil.dsm_weight:
         dsm = round(distil.dsm_share * train.bsz)
-        if dsm == train.bsz or distil.dsm_share and not dsm:
-            fail("dsm_share", distil.dsm_share, f"0, or such that both losses get images of a --bsz of {train.bsz}")
+        split = 0 < dsm < train.bsz or distil.dsm_share == 0
+        require("dsm_share", split, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     for name in ("sde", "churn"):
-        if config.task.mode == "characteristic" and getattr(sampling, name):
-            fail(name, True, "left out, since the flow map has no SDE and no churn")
-    if sampling.sde and sampling.churn:
-        fail("churn", True, "left out with --sde, which adds noise at every step itself")
-    if sampling.s_min > sampling.s_max:
-        fail("s_min", sampling.s_min, f"at most s_max, which is {sampling.s_max}")
-    if net.label_dim and sampling.class_idx >= net.label_dim:
-        fail("class_idx", sampling.class_idx, f"below label_dim, which is {net.label_dim}")
-    if not net.label_dim and sampling.class_idx >= 0:
-        fail("class_idx", sampling.class_idx, "left out, since the model has no classes")
+        require(name, not (flow_map and values[name]), "left out, since the flow map has no SDE and no churn")
+    require("churn", not (sampling.sde and sampling.churn), "left out with --sde, which adds noise at every step itself")
+    require("s_min", sampling.s_min <= sampling.s_max, f"at most s_max, which is {sampling.s_max}")
+    must = f"below label_dim, which is {net.label_dim}" if net.label_dim else "left out, since the model has no classes"
+    require("class_idx", sampling.class_idx < net.label_dim, must)
+    return config
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -428,11 +361,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _boolean(text):
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1", "yes")
 
 
 def _one_of(known):
@@ -458,9 +389,7 @@ def _add(parser, f, default):
         parser.add_argument(f"--{f.name}", type=_one_of(known) if kind is str else kind, choices=known, **options)
     elif kind is bool:
         parser.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, metavar="True|False", **options)
-        parser.add_argument(
-            f"--no-{f.name}", dest=f.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
+        parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", **{**options, "help": argparse.SUPPRESS})
     elif typing.get_origin(f.type) is tuple:
         parser.add_argument(f"--{f.name}", nargs="*", type=kind, metavar="N", **options)
     elif ending is not None:
@@ -470,28 +399,22 @@ def _add(parser, f, default):
 
 
 def parse(own, sections, argv=None, description="", source=None):
-    """The command line: (own settings, {setting: value} given explicitly for the sections).
+    """A command line: (own settings, {setting: value} given explicitly for the `sections`, which resolve() takes).
 
-    own        dataclass of the script's own settings; they hide those of the sections with the same name
-    sections   names of the SECTIONS whose flags the script takes; resolve() turns the second result into a Config
-    source     where these have their defaults, for --help, if that is neither the field nor the preset
+    `own` is the dataclass of the script's own settings, which hide those of the sections with the same name.  `source` is where
+    --help says that the sections have their defaults, if that is neither the field nor the preset.
     """
-    parser = _Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_preset_table([f.name for name in sections for f in fields(SECTIONS[name])]),
-        allow_abbrev=False,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=formatter, epilog=_preset_table(sections), allow_abbrev=False)
     by_preset = {name for key in TRAIN_PRESETS for name in preset(*key)}
-    for section in [own] + [SECTIONS[name] for name in sections]:
-        group = parser.add_argument_group(section.__doc__)
+    for title, section in [(own.__doc__, own), *((name, SECTIONS[name]) for name in sections)]:
+        group = parser.add_argument_group("distil, for --mode characteristic" if section is Distil else title)
         for f in fields(section):
             if f.metadata["flag"] and (section is own or f.name not in {mine.name for mine in fields(own)}):
                 default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
                 default = {None: "none", "": "none"}.get(default, "by preset" if f.name in by_preset else default)
                 _add(group, f, default if section is own else source or default)
-    flags = vars(parser.parse_args(argv))
-    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     mine = {f.name: flags.pop(f.name) for f in fields(own) if f.name in flags}
     return own(**mine), flags
 
@@ -503,16 +426,13 @@ def required(settings, *names):
             raise UserError(f"--{name} is missing: {next(f for f in fields(settings) if f.name == name).metadata['help']}")
 
 
-def _preset_table(wanted):
-    """The presets of the settings in `wanted`: one line a setting, one column a preset, so that it fits a terminal."""
-    others = sorted({name for values in OTHER_PRESETS.values() for name in values})
-    names = [name for name in (*DATA_COLUMNS, *NETWORK_COLUMNS, *TRAIN_COLUMNS, *others) if name in wanted]
-    columns = [["data_name", "mode", *names]]
-    for data_name, mode in TRAIN_PRESETS:
-        config = resolve({"data_name": data_name, "mode": mode})
-        values = {k: v for section in vars(config).values() for k, v in vars(section).items()}
-        shown = (" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in map(values.get, names))
-        columns.append([data_name, mode, *shown])
-    widths = [max(map(len, column)) for column in columns]
-    lines = ("  ".join(v.ljust(w) for v, w in zip(line, widths)).rstrip() for line in zip(*columns))
-    return "presets:\n" + "\n".join("  " + line for line in lines)
+def _preset_table(sections):
+    """The presets of the settings in these sections: one line a setting, one column a preset."""
+    wanted = {f.name for name in sections for f in fields(SECTIONS[name])}
+    lines, presets = ["presets:"], [{"data_name": name, "mode": mode, **preset(name, mode)} for name, mode in TRAIN_PRESETS]
+    for name, f in SETTINGS.items():
+        if name in ("data_name", "mode") or name in wanted and any(name in values for values in presets):
+            row = (values.get(name, f.default) for values in presets)
+            row = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in row)
+            lines.append(f"  {name:18}" + "".join(f"{text:15}" for text in row).rstrip())
+    return "\n".join(lines)

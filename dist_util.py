@@ -1,7 +1,4 @@
-"""Running on one process or many: under torchrun (NCCL on GPUs, gloo on CPUs), or with plain `python`.
-
-Every function works in both cases; without torchrun there is one rank, number 0, and no process group.
-"""
+"""Running on many processes, under torchrun (NCCL on GPUs, gloo on CPUs), or on one: rank 0, without a process group."""
 
 import os
 import signal
@@ -35,10 +32,7 @@ import torch.distributed as dist  # noqa: E402
 
 
 class UserError(Exception):
-    """A mistake of the user's; its text says what is wrong and how to mend it, in one line.
-
-    Code that runs on all ranks raises it on all of them, with agree() where one might meet it alone; rank 0 prints it.
-    """
+    """A mistake of the user's, told by rank 0 in one line.  All ranks raise it, with agree() where one may meet it alone."""
 
 
 class LoneError(UserError):
@@ -72,14 +66,13 @@ def _launched():
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if not {"RANK", "WORLD_SIZE"} & found.keys():
         return False
-    missing = ", ".join(name for name in VARIABLES if name not in found)
     with suppress(ValueError, KeyError):
         place, world, *others = (int(found[name]) for name in VARIABLES if name != "MASTER_ADDR")
-        if 0 <= place < world and min(others) >= 0:
+        if 0 <= place < world and min(others) >= 0 and "MASTER_ADDR" in found:
             return True
-    here, why = " ".join(f"{name}={value}" for name, value in found.items()), "which is no place among ranks"
-    why = f"but no {missing}" if missing else why
-    raise LoneError(f"the environment has {here}, {why}: start with torchrun, or unset RANK and WORLD_SIZE")
+    here = " ".join(f"{name}={value}" for name, value in found.items())
+    needed = f"ranks need {', '.join(VARIABLES)}, and a RANK from 0 to WORLD_SIZE - 1"
+    raise LoneError(f"the environment has {here}, but {needed}: start with torchrun, or unset RANK and WORLD_SIZE")
 
 
 @contextmanager
@@ -118,14 +111,11 @@ def _meeting_place():
 
     Ranks publish their addresses in a store.  When torchrun 2.11 restarts ranks, the addresses of the dead are still in it,
     and a rank that reads one waits for nobody.  So on one machine each restart gets names of its own in the store, by the
-    number of the restart.  On several machines that number can differ: there the user has to ask for a new store.
+    number of the restart.  On several machines that number can differ: there users set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
-        return {}
-    if env["GROUP_WORLD_SIZE"] != "1":
-        if env["RANK"] == "0":
-            print("warning: for --max-restarts on several machines set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", file=sys.stderr)
+    restarts = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if not restarts or env["GROUP_WORLD_SIZE"] != "1":
         return {}
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=_timeout())
     store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -136,13 +126,10 @@ def _meeting_place():
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGINT are noted instead of ending the process, so that work can be brought to an end.
-
-    Ranks tell each other with check() or poll(), and leave together.  More signals change nothing: no checkpoint is lost.
-    """
+    """Context in which SIGTERM and SIGINT are noted, and ranks tell each other with check() or poll(), to leave together."""
 
     def __init__(self):
-        self.received, self.left, self.every, self.since = None, 1, 1, time.monotonic()
+        self.received = None
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
@@ -169,21 +156,8 @@ class StopSignals:
         return next((kind for kind, count in zip(SIGNALS, votes) if count), None), total
 
     def check(self):
-        """The signal that asks the run to stop, or None.  All ranks call this together, as often as they like.
-
-        They exchange one small message about once a second, and at least every 64th call.
-        """
-        if world_size() == 1:
-            return self.received
-        self.left -= 1
-        if self.left:
-            return None
-        now = time.monotonic()
-        number, seconds = self._exchange(now - self.since)
-        calls_per_second = self.every * world_size() / max(seconds, 1e-9)
-        self.every = self.left = max(1, min(64, int(calls_per_second)))
-        self.since = now
-        return number
+        """The signal that asks the run to stop, or None.  All ranks call this together; it costs one message of 24 bytes."""
+        return self._exchange(0)[0]
 
     def poll(self, busy=True):
         """Stopped on all ranks if any has received a signal; else whether any is busy.  All ranks call this together."""
@@ -203,10 +177,7 @@ def _stop(number, frame):
 
 
 def launch(main):
-    """Run a script's main() and leave; a UserError becomes one line, from one rank, and exit status 2.
-
-    A signal that asks the script to stop becomes one line too, and 128 and its number: 143 for SIGTERM, 130 for SIGINT.
-    """
+    """Run a script's main() and leave.  One line and an exit status for a UserError: 2, SIGTERM: 143, SIGINT: 130."""
     for number in SIGNALS:
         signal.signal(number, _stop)
     with suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
@@ -225,9 +196,8 @@ def launch(main):
             signal.signal(number, signal.SIG_IGN)
     if "IPython" in sys.modules:  # %run in a notebook, which goes on
         sys.exit(status)
-    # The interpreter is not torn down: threads of torch that still want its lock would abort the process, and with it the job
-    # (one run of two ranks in sixty); a thread that reads ahead from a disk that does not answer would be waited for; and
-    # after an error the process group could wait for ranks that are gone.
+    # The interpreter is not torn down: threads of torch that want its lock would abort the process (one run of two ranks in
+    # sixty), a thread that reads from a disk that does not answer would be waited for, and so would ranks that are gone.
     sys.stderr.flush()
     os._exit(status)
 
@@ -236,22 +206,18 @@ def _run(main):
     """The exit status of main()."""
     several = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     speaks = not several or os.environ["RANK"] == "0"
-
-    def say(text):
-        print(text, file=sys.stderr, flush=True)
-
     try:
         main()
         print(end="", flush=True)
     except UserError as error:
         if speaks or isinstance(error, LoneError):
-            say(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
         return 2
     except Stopped as stopped:
         if speaks:
-            say(f"stopped by {signal.Signals(stopped.number).name}{stopped.note}")
+            print(f"stopped by {signal.Signals(stopped.number).name}{stopped.note}", file=sys.stderr)
         return 128 + stopped.number
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -260,14 +226,15 @@ def _run(main):
         text = (str(error).strip() or "out of memory").splitlines()[0]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
             advice = "lower --bsz (training), --eval_bsz (sampling), --bank_size or the size of the network"
-            say(f"error: out of memory on rank {rank()}: {advice} ({text})")
+            print(f"error: out of memory on rank {rank()}: {advice} ({text})", file=sys.stderr)
             return 2
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            say(f"error: --compile failed: install a C++ compiler and Python's headers, or leave it out ({text[:300]})")
+            advice = "install a C++ compiler and Python's headers, or leave it out"
+            print(f"error: --compile failed: {advice} ({text[:300]})", file=sys.stderr)
             return 2
         if not several or not is_loss_of_a_rank(error):
             raise
-        say(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text})")
+        print(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text})", file=sys.stderr)
         return 1
     return 0
 
@@ -276,10 +243,7 @@ def _run(main):
 
 
 def parallel(model, static=False):
-    """The model to train: itself, or with ranks in a DistributedDataParallel, which averages gradients over them.
-
-    `static` promises one forward and one backward pass a step, the same each time, and no other use of the graph.
-    """
+    """The model to train, in a DistributedDataParallel if there are ranks; `static`: a step is one pass, always the same."""
     if not dist.is_initialized():
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 convolutions in bfloat16

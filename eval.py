@@ -40,8 +40,7 @@ def prepare(workdir, trained, run):
     """
     misc.check_folder(workdir, "workdir")
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
-    if workdir.exists():
-        misc.remove_leftovers(workdir)
+    misc.remove_leftovers(workdir)
     if any(workdir.glob("*.png")) and path.exists():
         try:
             found = json.loads(path.read_text())
@@ -73,16 +72,12 @@ def all_batches(seeds, size):
 
 def lacking(workdir, batches):
     """The numbers of the batches of which an image is missing.  They are made again as a whole, to have the same rounding."""
-    if not any(path.suffix == ".png" for path in workdir.iterdir()):
-        return range(len(batches))
-    found, missing = [], 0
-    with misc.progress(sum(map(len, batches)), "looking for images") as bar:
-        for number, batch in enumerate(batches):
-            if lost := sum(not misc.is_whole_png(image_path(workdir, seed)) for seed in batch):
-                found.append(number)
-                missing += lost
-            bar.update(len(batch))
-    misc.log(f"{workdir} holds images already: {missing} of {sum(map(len, batches))} are missing, in {len(found)} batches")
+    there = {path for path in workdir.glob("*.png") if misc.is_whole_png(path)}
+    missing = [sum(image_path(workdir, seed) not in there for seed in batch) for batch in batches]
+    found = [number for number, count in enumerate(missing) if count]
+    if there:
+        total = sum(map(len, batches))
+        misc.log(f"{workdir} holds images already: {sum(missing)} of {total} are missing, in {len(found)} batches")
     return found
 
 

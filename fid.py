@@ -30,16 +30,12 @@ import generator
 import misc
 from defaults import file, setting
 
-METRICS = ("fid", "kid", "pr")
-
 
 @dataclass(frozen=True)
 class InceptionFile:
     """weights of the Inception network"""
 
-    inception_weights: str | None = file(
-        f"the InceptionV3's weights, where they are needed; weights/{misc.WEIGHTS['inception_weights'][0]} if left out"
-    )
+    inception_weights: str | None = file(f"InceptionV3's weights; weights/{misc.WEIGHTS['inception_weights'][0]} if left out")
     download: bool = setting(False, "fetch weights where they are published, if their files are missing")
 
 
@@ -48,9 +44,7 @@ class Run(InceptionFile):
     """scoring"""
 
     mode: str = setting(
-        "fid",
-        "ref: statistics of --data_name; gen: of images; fid: scores of images against --ref_path",
-        choices=("ref", "gen", "fid"),
+        "fid", "ref: statistics of --data_name; gen: of images; fid: their scores", choices=("ref", "gen", "fid")
     )
     dest: str | None = file("npz file for the statistics (ref, gen)", ".npz")
     img_folder: str | None = file("images (gen, fid): a folder or zip, or an npz with uint8 `arr_0` (N, H, W, C)")
@@ -66,22 +60,17 @@ class Run(InceptionFile):
     )
     metrics: str = setting(
         "fid",
-        "which scores, with commas and each once: fid; kid (and its standard error); pr (improved precision and recall, "
-        "k = 3). The last two need --metrics in ref and gen too, which then store every image's features (inception: 8 kB)",
+        "scores, with commas: fid; kid; pr (precision and recall, k = 3). The last two need --metrics in ref and gen too",
     )
-    num: int | None = setting(
-        None, "number of images to take, a subset drawn from --seed; under torchrun write `torchrun ... -- fid.py ... --num N`"
-    )
+    num: int | None = setting(None, "take so many images, drawn by --seed; with torchrun: `torchrun ... -- fid.py ... --num N`")
     seed: int = setting(0, "of the subset")
     force: bool = setting(False, "compare statistics that say they were made differently")
     csv: str | None = file("file to append the scores and how the images were made to, as a row (fid)")
 
 
-CPU = torch.device("cpu")
-
 # ------------------------------------------------------------------------------------------------------ features
-# A feature extractor maps uint8 images (B, C, H, W) to features (B, d).  `unit` is what the features are to be divided by;
-# `metadata` is what two statistics must have in common to be compared.
+# A feature extractor maps uint8 images (B, C, H, W) to features (B, d), to be divided by `unit`.  `metadata` is what two
+# statistics must have in common to be compared.
 
 
 class Pixels:
@@ -113,13 +102,9 @@ class Inception:
         except Exception as error:  # whatever the unpickler meets in a damaged or hostile file; other tensors
             why = f": {error}" if isinstance(error, ValueError) else ""
             raise UserError(f"{path} does not hold the weights of FID's InceptionV3{why}") from error
-        self.network, self.device = net.to(device), device
-        self.metadata = {
-            "features": "inception",
-            "weights": digest,
-            "preprocessing": inception.PREPROCESSING,
-            "precision": "float32 features, float64 sums",
-        }
+        self.network, self.device = net.to(device), torch.device(device)
+        self.metadata = {"features": "inception", "weights": digest, "preprocessing": inception.PREPROCESSING}
+        self.metadata["precision"] = "float32 features, float64 sums"
 
     def dimension(self, shape):
         return 2048
@@ -129,25 +114,16 @@ class Inception:
         return torch.cat([self.network(part.to(self.device)) for part in parts])
 
 
-def load_features(name, device=CPU, weights=None, download=False):
+def load_features(name, device="cpu", weights=None, download=False):
     """The feature extractor `name`, "pixels" or "inception"; every rank calls this together."""
     if defaults.choose("features", name, ("pixels", "inception")) == "pixels":
         return Pixels(device)
     path, digest = misc.weights_file("inception_weights", weights, download)
-    extract = dist_util.agree(lambda: Inception(device, path, digest))
-    published = misc.published_hash("inception_weights")
-    if not digest.startswith(published):
-        misc.log(
-            f"warning: {path} is not the published file (SHA-256 {published}...): its scores compare with none but its own"
-        )
-    return extract
+    return dist_util.agree(lambda: Inception(device, path, digest))
 
 
 def choose_features(asked, channels, reference=None):
-    """What `--features auto` stands for: the reference's features, or pixels for grey images and inception for colour.
-
-    UserError if the reference has others than those asked for.
-    """
+    """The name of the features asked for, or of the reference's, whatever "auto" stands for; UserError if these differ."""
     if reference is None:
         return asked if asked != "auto" else "pixels" if channels == 1 else "inception"
     theirs = reference.metadata.get("features") or ("inception" if len(reference.mu) == 2048 else "pixels")
@@ -157,12 +133,11 @@ def choose_features(asked, channels, reference=None):
 
 
 def extractor(reference, shape, n, device, files, asked="auto", force=False):
-    """The feature extractor for n images (C, H, W) to be compared with a reference, or None; UserError if they do not compare.
+    """The feature extractor for n images (C, H, W), with the files of an InceptionFile; all ranks call this together.
 
-    `files` are an InceptionFile.  Every rank calls this together.
+    UserError if they do not compare with the reference, if there is one.
     """
-    features = choose_features(asked, shape[0], reference)
-    found = load_features(features, device, files.inception_weights, files.download)
+    found = load_features(choose_features(asked, shape[0], reference), device, files.inception_weights, files.download)
     if reference is not None:
         check_comparable(reference, found.dimension(shape), metadata_of(found, shape, n), force)
     return found
@@ -201,16 +176,16 @@ def subset(total, count, seed):
 def measure(source, extract, made=None, count=None, seed=0, keep=False, num_workers=0):
     """Statistics of the features of a data set, of Generated images or of a uint8 tensor (N, C, H, W); or of a seeded subset.
 
-    Each rank takes every world_size-th image, and every image counts once.  Pixels are added up exactly, as integers, so that
-    their statistics do not depend on the ranks; other features in float64.  With `keep`, rank 0 gets the features themselves.
-    `made` is added to the metadata.  UserError for fewer than two images, too many pixels, and what cannot be read.
+    Pixels are added up exactly, as integers, so that their statistics do not depend on the ranks; other features in float64.
+    With `keep`, rank 0 gets the features themselves.  `made` is added to the metadata.  UserError for fewer than two images,
+    too many pixels, and what cannot be read.
     """
     if isinstance(source, torch.Tensor):
         if source.dtype != torch.uint8 or source.ndim != 4:
             raise UserError(f"images are {source.dtype} {tuple(source.shape)}: they must be uint8 (N, C, H, W)")
         source = dataset.MemoryImages(source)
     indices = subset(len(source), count, seed)
-    n, world = len(indices), dist_util.world_size()
+    n = len(indices)
     if n < 2:
         raise UserError(f"{n} image{'s' * (n != 1)}: a covariance needs two or more")
 
@@ -220,7 +195,7 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
             raise UserError(f"{dimension} values an image are too many for their covariance; use --features inception")
         total = torch.zeros(dimension, dtype=torch.float64, device=extract.device)
         outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=extract.device)
-        mine, kept = indices[dist_util.rank() :: world], [torch.empty(0, dimension)]
+        mine, kept = indices[dist_util.rank() :: dist_util.world_size()], [torch.empty(0, dimension)]
         drawn = isinstance(source, generator.Generated)  # in the batches of eval.py, for the same rounding
         size = source.trained.config.sampling.eval_bsz if drawn else BATCH
         batches = (mine[i : i + size] for i in range(0, len(mine), size))
@@ -270,10 +245,7 @@ def read_statistics(path, features=False):
         with archive:
             dataset.refuse_bombs(archive.zip)
             held = f": it holds {', '.join(archive.files[:5])}"
-            mu, sigma = archive["mu"], archive["sigma"]
-            if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
-                raise ValueError("not real numbers")
-            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+            mu, sigma = (archive[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
             metadata = json.loads(str(archive["metadata"])) if "metadata" in archive else {}
             kept = None
             if features and "features" in archive:
@@ -287,37 +259,28 @@ def read_statistics(path, features=False):
     except Exception as error:  # damaged zip, pickled arrays, missing names, not numbers
         reason = f"{path} is not a statistics file with `mu` and `sigma`, or it is damaged"
         raise UserError(f"{reason}{held}; fid.py --mode ref or --mode gen makes one") from error
-    found = Statistics(mu, sigma, metadata, kept)
-    check_statistics(found, path)
+    check_statistics(mu, sigma, kept, path)
     if features and kept is None:
         raise UserError(f"{path} holds no features, which kid and pr need: make it again with --metrics fid,kid,pr")
-    return found
+    return Statistics(mu, sigma, metadata, kept)
 
 
-def check_statistics(found, path):
-    """UserError unless statistics are finite, sigma is a covariance, and features, if any, go with them."""
-    mu, sigma = found.mu, found.sigma
+def check_statistics(mu, sigma, kept, path):
+    """UserError unless statistics are finite, sigma is a covariance, and the features kept, if any, go with them."""
     matching = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
     if not (matching and np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
         raise UserError(f"{path} does not hold a covariance: sigma is not symmetric")
-    try:  # eigenvalues below zero by more than rounding, of sums in float32 too, make this fail
-        shifted = sigma.copy()
-        shifted.flat[:: len(mu) + 1] += 1e-4 * sigma.diagonal().max() + np.finfo(np.float64).tiny
-        scipy.linalg.cholesky(shifted, overwrite_a=True)
-    except np.linalg.LinAlgError as error:
-        raise UserError(f"{path} does not hold a covariance: sigma has negative eigenvalues") from error
-    kept = found.features
+    if scipy.linalg.eigvalsh(sigma)[0] < -1e-4 * sigma.diagonal().max():  # more than rounding, of sums in float32 too
+        raise UserError(f"{path} does not hold a covariance: sigma has negative eigenvalues")
     if kept is not None and (kept.ndim != 2 or kept.shape[1] != len(mu) or not kept.isfinite().all()):
         raise UserError(f"{path} does not hold finite features (n, {len(mu)}): {tuple(kept.shape)}")
 
 
 def check_comparable(reference, dimension, metadata, force=False):
-    """UserError unless images with so many features, and this metadata, are of the reference's feature space.
-
-    With `force` only the number of features must agree.  Warns of statistics that say nothing about themselves, and of few
-    images.
+    """UserError unless images with so many features, and this metadata, are of the reference's feature space; a warning where
+    nothing is said, of few images, and, with `force`, of all that differs but the number of features.
     """
     theirs = reference.metadata
     for name, one in (("reference", theirs), ("images", metadata)):
@@ -340,26 +303,15 @@ def frechet_distance(a, b):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Statistics: the squared 2-Wasserstein distance of
     Gaussians (FID, arXiv 1706.08500, eq. 6).
 
-    The trace of the root is the sum of the roots of the eigenvalues of sigma2 sigma1, which are those of the symmetric
-    A^T sigma2 A where sigma1 = A A^T, so real: by Cholesky where sigma1 is definite, else by its eigenvectors, where
-    eigenvalues within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
+    The trace of the root is the sum of the roots of the eigenvalues of sigma1 sigma2.  With sigma1 = P L L^T P^T, the Cholesky
+    decomposition with pivots, which singular matrices have too, they are those of the symmetric L^T P^T sigma2 P L.  Values
+    within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
     """
-    tiny = 16 * np.finfo(np.float64).eps
-
-    def roots(values, scale):
-        return np.sqrt(np.where(values > tiny * scale, values, 0))
-
-    try:
-        pivots = scipy.linalg.cholesky(a.sigma).diagonal()
-        definite = pivots.min() ** 2 > len(pivots) * tiny * pivots.max() ** 2
-    except np.linalg.LinAlgError:
-        definite = False
-    if definite:
-        root = np.sqrt(np.maximum(scipy.linalg.eigh(b.sigma, a.sigma, type=2, driver="gv", eigvals_only=True), 0)).sum()
-    else:
-        values, vectors = scipy.linalg.eigh(a.sigma, driver="evd")
-        half = vectors * roots(values, values[-1])
-        root = roots(scipy.linalg.eigvalsh(half.T @ b.sigma @ half), values[-1] * np.linalg.norm(b.sigma)).sum()
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(a.sigma, lower=1)
+    half, order = np.tril(factor)[:, :rank], pivots - 1
+    values = scipy.linalg.eigvalsh(half.T @ b.sigma[np.ix_(order, order)] @ half)
+    rounding = 16 * np.finfo(np.float64).eps * np.linalg.norm(a.sigma) * np.linalg.norm(b.sigma)
+    root = np.sqrt(values[values > rounding]).sum()
     return max(float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root), 0.0)
 
 
@@ -369,10 +321,9 @@ def frechet_distance(a, b):
 def kid(x, y, block=1000):
     """Kernel Inception Distance (arXiv 1801.01401) of features (n, d) and (m, d): an unbiased estimate and its standard error.
 
-    The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, unbiased, so that it may be negative.  Both sets are
-    cut into as many blocks, 10 or more, of at most `block` images, whose estimates are independent.  First each is shuffled in
-    its own way, the same in every run: one shuffle for both would pair images of the same seeds, and bias the estimate.
-    UserError for fewer than two images a block.
+    The squared maximum mean discrepancy for the kernel (x.y/d + 1)^3, which may be negative.  Both sets are cut into as many
+    blocks, 10 or more, of at most `block` images.  Each is shuffled in its own way, the same in every run: one shuffle for both
+    would pair images of the same seeds, and bias the estimate.  UserError for fewer than two images a block.
     """
     blocks = max(10, math.ceil(max(len(x), len(y)) / block))
     if min(len(x), len(y)) < 2 * blocks:
@@ -380,7 +331,7 @@ def kid(x, y, block=1000):
 
     def shuffled(z, seed):
         order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
-        return z[order].tensor_split(blocks)
+        return z[order].double().tensor_split(blocks)
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -389,59 +340,43 @@ def kid(x, y, block=1000):
         k = kernel(a, a)
         return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
 
-    estimates = []
-    with misc.progress(blocks, "kid", unit="block") as bar:
-        for a, b in zip(shuffled(x, 0), shuffled(y, 1)):
-            a, b = a.double(), b.double()
-            estimates.append(within(a) + within(b) - 2 * kernel(a, b).mean())
-            bar.update()
-    estimates = torch.stack(estimates)
+    pairs = zip(shuffled(x, 0), shuffled(y, 1))
+    estimates = torch.stack([within(a) + within(b) - 2 * kernel(a, b).mean() for a, b in pairs])
     return float(estimates.mean()), float(estimates.std() / blocks**0.5)
 
 
-def precision_recall(real, fake, k=3, block=2000):
+def precision_recall(real, fake, k=3, block=512):
     """Improved precision and recall (arXiv 1904.06991) of features (n, d) and (m, d).
 
-    Precision is the share of fake images within the reach of a real one, recall that of real ones within the reach of a
-    fake one; the reach of an image is the distance to its k-th nearest neighbour in its own set.  UserError unless both sets
-    hold more than k images.
+    Precision is the share of fake images within the reach of a real one, recall the reverse; reach is the distance to the k-th
+    nearest neighbour in the own set.  UserError unless both sets hold more than k images.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"pr needs more than {k} images in both sets, and there are {len(real)} and {len(fake)}")
-    slack = 1e-7 * float(max(real.norm(dim=1).max(), fake.norm(dim=1).max()))  # rounding of the distance of equal images
-
-    def distances(rows, others):
-        for start, other in zip(range(0, len(others), block), others.split(block)):
-            yield slice(start, start + len(other)), torch.cdist(rows.double(), other.double())
-
+    real, fake = real.double(), fake.double()
+    slack = 1e-7 * max(real.norm(dim=1).max(), fake.norm(dim=1).max())  # rounding of the distance of equal images
+    precise, recalled = torch.zeros(len(fake), dtype=torch.bool, device=fake.device), 0
     with misc.progress(2 * len(real) + len(fake), "precision and recall") as bar:
 
-        def reach(x):
-            found = []
-            for rows in x.split(block):
-                nearest = torch.empty(len(rows), 0, dtype=torch.float64, device=x.device)
-                for _, d in distances(rows, x):  # the image itself, at 0, among them
-                    nearest = torch.cat([nearest, d], 1)
-                    nearest = nearest.topk(min(k + 1, nearest.shape[1]), largest=False).values
-                found.append(nearest.amax(1) + slack)
+        def distances(points, others):
+            for rows in points.split(block):
+                yield torch.cdist(rows, others)
                 bar.update(len(rows))
-            return torch.cat(found)
 
-        reach_real, reach_fake = reach(real), reach(fake)
-        precise, recalled = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
-        for start, rows in zip(range(0, len(real), block), real.split(block)):
-            mine = slice(start, start + len(rows))
-            for other, d in distances(rows, fake):
-                precise[other] |= (d <= reach_real[mine, None]).any(0)
-                recalled[mine] |= (d <= reach_fake[other]).any(1)
-            bar.update(len(rows))
-    return float(precise.double().mean()), float(recalled.double().mean())
+        def reach(x):  # k + 1, since an image itself, at 0, is the nearest
+            return torch.cat([d.topk(k + 1, largest=False).values.amax(1) for d in distances(x, x)]) + slack
+
+        reach_fake = reach(fake)
+        for d, near in zip(distances(real, fake), reach(real).split(block)):
+            precise |= (d <= near[:, None]).any(0)
+            recalled += int((d <= reach_fake).any(1).sum())
+    return float(precise.double().mean()), recalled / len(real)
 
 
 def score(reference, images, metrics, device):
     """{name: value} of the scores of two Statistics; kid and pr from their features, on `device`."""
     values = {}
-    if {"kid", "pr"} & set(metrics):
+    if metrics != ["fid"]:
         real, fake = reference.features.to(device), images.features.to(device)
     for metric in metrics:
         if metric == "fid":
@@ -457,8 +392,6 @@ def show(value, digits=4):
     """So many decimals, and never -0.0000."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
-
-# -------------------------------------------------------------------------------------------------------- table
 
 COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
@@ -479,27 +412,18 @@ def read_table(path):
 
 
 def append_row(path, values, metadata, ref_path, forced):
-    """One line of `path`, with a header if it is new; hashes are SHA-256: of the Inception's weights, of the checkpoint, of the
-    reference's file.  What is unknown of others' images stays empty.
-    """
-    made_by = metadata.get("made_by", {})
-    config = made_by.get("config", {})
-    mode, data, sampling = (config.get(name, {}) for name in ("task", "data", "sampling"))
-    mode = mode.get("mode")
-    solver = "flow map" if mode == "characteristic" else "sde" if sampling.get("sde") else sampling.get("ode_solver")
-    subset = metadata.get("subset", {})
-    shown = {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
-    row = {
-        "mode": mode, "dataset": data.get("data_name"), "step": made_by.get("step"), "solver": solver,
-        "num_steps": sampling.get("num_steps"), "nfe": made_by.get("nfe"), "eps0": sampling.get("eval_eps0"),
-        **{name: sampling.get(name) for name in ("churn", "s_min", "s_max", "gamma")},
-        **shown, "n": metadata.get("n"), "subset_of": subset.get("of"), "subset_seed": subset.get("seed"),
-        "start_seed": made_by.get("start_seed"), "end_seed": made_by.get("end_seed"),
-        "class_idx": sampling.get("class_idx"), "eps1": sampling.get("eval_eps1"), "rho": sampling.get("rho"),
-        "image": "x".join(map(str, metadata.get("image", []))), "features": metadata.get("features"),
-        "weights": metadata.get("weights"), "forced": forced or None, "source": metadata.get("source"),
-        "sha256": made_by.get("sha256"), "ref_path": ref_path, "reference": misc.file_hash(ref_path),
-    }  # fmt: skip
+    """One line of `path`, with a header if it is new; hashes are SHA-256, and what is unknown stays empty."""
+    made_by, subset = metadata.get("made_by", {}), metadata.get("subset", {})
+    mode, data, sampling = (made_by.get("config", {}).get(name, {}) for name in ("task", "data", "sampling"))
+    solver = "sde" if sampling.get("sde") else sampling.get("ode_solver")
+    row = {name: metadata.get(name) for name in ("n", "features", "weights", "source")}
+    row |= {name: made_by.get(name) for name in ("step", "nfe", "start_seed", "end_seed", "sha256")}
+    row |= {name: sampling.get(name) for name in ("num_steps", "churn", "s_min", "s_max", "gamma", "class_idx", "rho")}
+    row |= {"eps0": sampling.get("eval_eps0"), "eps1": sampling.get("eval_eps1"), "dataset": data.get("data_name")}
+    row |= {"mode": mode.get("mode"), "solver": "flow map" if mode.get("mode") == "characteristic" else solver}
+    row |= {"subset_of": subset.get("of"), "subset_seed": subset.get("seed"), "forced": forced or None}
+    row |= {"image": "x".join(map(str, metadata.get("image", []))), "ref_path": ref_path, "reference": misc.file_hash(ref_path)}
+    row |= {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
     old = read_table(path)
     with misc.atomic(path) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
         file.write(old)
@@ -509,18 +433,14 @@ def append_row(path, values, metadata, ref_path, forced):
         writer.writerow(row)
 
 
-# ---------------------------------------------------------------------------------------------------- the three modes
-
-
 def open_source(run, flags, device):
     """(set of images, what the statistics record of its making) of the data set, --img_folder or --checkpoint."""
     if run.mode == "ref":
         data = defaults.resolve(flags).data
-        source = dataset.load(data)
-        made = {"source": data.data_name}
+        source, name = dataset.load(data), data.data_name
         if isinstance(source, dataset.ImageFiles):
-            made["source"] = f"{source.path}, upright central squares resized to {data.image_size} (Lanczos)"
-        return source, made
+            name = f"{source.path}, upright central squares resized to {data.image_size} (Lanczos)"
+        return source, {"source": name}
     if run.img_folder:
         return dataset.open_images(run.img_folder)
     trained = generator.load_model(run.checkpoint, flags, device)
@@ -534,90 +454,85 @@ def make_statistics(run, flags, metrics, device, reference=None):
     shape = dist_util.agree(lambda: source.shape)
     if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder and not run.force:
         source = dataset.Grey(source)  # many tools write grey images as RGB
-        shape = source.shape
     n = run.num or len(source)  # what does not compare is refused before the work, not after it
-    extract = extractor(reference, shape, n, device, run, run.features, run.force)
+    extract = extractor(reference, source.shape, n, device, run, run.features, run.force)
     workers = defaults.resolve({k: flags[k] for k in ("data_name", "num_workers") if k in flags}).data.num_workers
-    keep = bool({"kid", "pr"} & set(metrics))
-    return measure(source, extract, made, run.num, run.seed, keep, workers)
+    return measure(source, extract, made, run.num, run.seed, metrics != ["fid"], workers)
 
 
 def check(run, flags):
     """The metrics asked for; UserError where flags are missing or do not go together."""
     metrics = run.metrics.split(",")
-    if not set(metrics) <= set(METRICS) or len(set(metrics)) < len(metrics):
-        raise UserError(
-            f"--metrics is {run.metrics}: it takes some of {','.join(METRICS)}, each once, with commas and no spaces"
-        )
-    sources = ("checkpoint", "img_folder", "stat_path")[: {"ref": 0, "gen": 2, "fid": 3}[run.mode]]
-    takes = {"ref": ["dest"], "gen": ["dest", *sources], "fid": ["ref_path", "csv", *sources]}[run.mode]
-    for name in ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv"):
-        if getattr(run, name) is not None and name not in takes:
-            raise UserError(f"--{name} is not for --mode {run.mode}: leave it out, or choose another --mode")
-    if run.force and run.mode != "fid":
-        raise UserError("--force is for --mode fid, which compares: leave it out")
+    if not set(metrics) <= {"fid", "kid", "pr"} or len(set(metrics)) < len(metrics):
+        raise UserError(f"--metrics is {run.metrics}: it takes some of fid,kid,pr, each once, with commas and no spaces")
+    sources = {"ref": (), "gen": ("img_folder", "checkpoint"), "fid": ("stat_path", "img_folder", "checkpoint")}[run.mode]
+    takes = ("ref_path", "csv", "force", *sources) if run.mode == "fid" else ("dest", *sources)
+    given = [f.name for f in fields(Run) if getattr(run, f.name) != f.default] + list(flags)
+    places = ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv", "force")
+    drawing = ("start_seed", "end_seed", *(f.name for f in fields(defaults.Network) + fields(defaults.Sampling)))
+    reading = [f.name for f in fields(defaults.Data) if f.name not in ("data_name", "num_workers")]
+
+    def refuse(names, why):
+        for name in given:
+            if name in names:
+                raise UserError(f"--{name} {why}")
+
+    refuse(set(places) - set(takes), f"is not for --mode {run.mode}: leave it out, or choose another --mode")
     defaults.required(run, takes[0])
-    if sources and sum(getattr(run, name) is not None for name in sources) != 1:
-        raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources[::-1])}")
-    if run.checkpoint is None:
-        given = [f.name for f in fields(defaults.Network) + fields(defaults.Sampling) if f.name in flags]
-        given += [name for name in ("start_seed", "end_seed") if getattr(run, name) != getattr(Run, name)]
-        if given:
-            raise UserError(f"--{given[0]} is for images drawn with --checkpoint: leave it out")
-        given = [f.name for f in fields(defaults.Data) if f.name in flags and f.name not in ("data_name", "num_workers")]
-        if given and run.mode != "ref":
-            raise UserError(f"--{given[0]} is for --mode ref: images are scored as they are; leave it out")
-    else:
+    if sources and sum(name in given for name in sources) != 1:
+        raise UserError(f"--mode {run.mode} takes one of {', '.join(f'--{name}' for name in sources)}")
+    if run.checkpoint:
         generator.check_seeds(run.start_seed, run.end_seed)
-    if run.stat_path and (run.num is not None or run.features != "auto"):
-        raise UserError("--num and --features are for images: --stat_path is what --mode gen made of them already")
+    else:
+        refuse(drawing, "is for images drawn with --checkpoint: leave it out")
+    if not run.checkpoint and run.mode != "ref":
+        refuse(reading, "is for --mode ref: images are scored as they are; leave it out")
+    if run.stat_path:
+        refuse(("num", "features"), "is for images: --stat_path is what --mode gen made of them already")
     if run.dest and run.img_folder and Path(run.dest).resolve() == Path(run.img_folder).resolve():
         raise UserError(f"--dest {run.dest} is the file of the images: name another")
-    if run.num is not None and run.num < 2:
+    if run.num is None:
+        refuse(("seed",), "is that of the subset of --num images: add --num, or leave it out")
+    elif run.num < 2:
         raise UserError(f"--num is {run.num}: a covariance needs two images or more")
-    if run.num is None and run.seed != Run.seed:
-        raise UserError("--seed is that of the subset of --num images: add --num, or leave it out")
     return metrics
 
 
 def main():
-    run, flags = defaults.parse(
-        Run, ["data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's, or by preset"
-    )
+    source = "the checkpoint's, or by preset"
+    run, flags = defaults.parse(Run, ["data", "network", "sampling", "speed"], description=__doc__, source=source)
     metrics = check(run, flags)
-    needs_features = bool({"kid", "pr"} & set(metrics))
 
     def read(path):  # features stay on the first rank, which computes the scores
-        return dist_util.agree(lambda: read_statistics(path, needs_features and dist_util.rank() == 0))
-
-    def report(reference, images):
-        values = score(reference, images, metrics, device)
-        single = len(values) == 1
-        print("\n".join(show(value) if single else f"{name} {show(value)}" for name, value in values.items()), flush=True)
-        if run.csv:
-            append_row(run.csv, values, images.metadata, run.ref_path, run.force)
-        if "kid" in values:  # four decimals are few for it
-            misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
+        return dist_util.agree(lambda: read_statistics(path, metrics != ["fid"] and dist_util.rank() == 0))
 
     with dist_util.session() as device:
         written = run.csv if run.mode == "fid" else run.dest
         dist_util.on_first_rank(lambda: written and misc.check_writable(written))
         dist_util.on_first_rank(lambda: run.csv and read_table(run.csv))
-        if run.mode == "fid":
-            reference = read(run.ref_path)
-            if run.stat_path:
-                images = read(run.stat_path)
-                check_comparable(reference, len(images.mu), images.metadata, run.force)
-            else:
-                images = make_statistics(run, flags, metrics, device, reference)
+        reference = read(run.ref_path) if run.mode == "fid" else None
+        if run.stat_path:
+            images = read(run.stat_path)
+            check_comparable(reference, len(images.mu), images.metadata, run.force)
         else:
-            statistics = make_statistics(run, flags, metrics, device)
-            dist_util.on_first_rank(lambda: write_statistics(run.dest, statistics))
+            images = make_statistics(run, flags, metrics, device, reference)
+        if run.mode != "fid":
+            dist_util.on_first_rank(lambda: write_statistics(run.dest, images))
     if dist_util.rank() == 0:  # alone: precision of large sets can take longer than ranks wait for each other
-        if run.mode == "fid":
-            report(reference, images)
-        else:
-            print(run.dest)
+        report(run, metrics, reference, images, device)
+
+
+def report(run, metrics, reference, images, device):
+    """Print the scores, and append them to --csv; or print where the statistics are."""
+    if run.mode != "fid":
+        print(run.dest)
+        return
+    values = score(reference, images, metrics, device)
+    print("\n".join(show(value) if len(values) == 1 else f"{name} {show(value)}" for name, value in values.items()), flush=True)
+    if run.csv:
+        append_row(run.csv, values, images.metadata, run.ref_path, run.force)
+    if "kid" in values:  # four decimals are few for it
+        misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 
 
 if __name__ == "__main__":

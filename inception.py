@@ -1,8 +1,7 @@
 """The InceptionV3 of FID (arXiv 1706.08500): uint8 images to feature vectors.
 
-The network is that of TensorFlow's 2015-12-05 graph, whose weights pytorch-fid publishes for PyTorch.  It differs from
-torchvision's in three places: its average pools do not count the padding, the last block pools by maximum, and it knows
-1,008 classes.
+The network of TensorFlow's 2015-12-05 graph, whose weights pytorch-fid publishes.  It differs from torchvision's in three
+places: its average pools do not count the padding, the last block pools by maximum, and it knows 1,008 classes.
 """
 
 import torch
@@ -50,40 +49,23 @@ class _BlockE(blocks.InceptionE):
 class Inception(torch.nn.Module):
     """Features of uint8 images.  Always in evaluation mode, whatever train() is called on it or on its parent.
 
-    state   state dict of pt_inception-2015-12-05-6726825d.pth, with or without the counters `num_batches_tracked`
+    state   state dict of pt_inception-2015-12-05-6726825d.pth, with or without the counters `num_batches_tracked`;
+            ValueError, naming a few tensors, if it is another's
     fold    multiply the batch norms into the convolutions and use the channels-last layout: the same features to float
             rounding, about twice as fast on a CPU (benchmarks/scores.py)
-
-    ValueError, naming a few tensors, if the state dict is not that of this network.
     """
 
     def __init__(self, state, fold=True):
         super().__init__()
+        parts = [blocks.BasicConv2d, _BlockA, blocks.InceptionB, _BlockC, blocks.InceptionD, _BlockE, None]
         with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-            net = blocks.Inception3(
-                num_classes=1008,
-                aux_logits=False,
-                init_weights=False,
-                inception_blocks=[
-                    blocks.BasicConv2d,
-                    _BlockA,
-                    blocks.InceptionB,
-                    _BlockC,
-                    blocks.InceptionD,
-                    _BlockE,
-                    None,  # the auxiliary head
-                ],
-            )
-        own = net.state_dict()
-        counters = {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith("num_batches_tracked")}
-        state = {**counters, **state}
-        wrong = [name for name in own if getattr(state.get(name), "shape", None) != own[name].shape]
-        wrong += [name for name in state if name not in own]
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors missing, unknown or of another shape, such as {', '.join(wrong[:3])}")
-        net.load_state_dict({name: value if name in counters else value.float() for name, value in state.items()}, assign=True)
+            net = blocks.Inception3(num_classes=1008, aux_logits=False, inception_blocks=parts, init_weights=False)
+        try:
+            net.load_state_dict(dict(state), assign=True)  # a plain dict, to which torch adds the counters that are missing
+        except RuntimeError as error:
+            raise ValueError(" ".join(str(error).split())[:200]) from error
         net.Mixed_7c.pool = _maximum
-        self.net = net.requires_grad_(False)
+        self.net = net.float().requires_grad_(False)
         self.train(False)
         if fold:
             for module in net.modules():
@@ -106,20 +88,16 @@ class Inception(torch.nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: they must be uint8 (N, 1 or 3, H, W)")
         with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self._features(images, features)
-
-    def _features(self, images, features):
-        net = self.net
-        x = images.float().div(255).expand(-1, 3, -1, -1)
-        x = 2 * F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=False) - 1
-        if self.folded:
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = net.maxpool1(net.Conv2d_2b_3x3(net.Conv2d_2a_3x3(net.Conv2d_1a_3x3(x))))
-        if features > 64:
-            x = net.maxpool2(net.Conv2d_4a_3x3(net.Conv2d_3b_1x1(x)))
-        if features > 192:
-            x = net.Mixed_5d(net.Mixed_5c(net.Mixed_5b(x)))
-            x = net.Mixed_6e(net.Mixed_6d(net.Mixed_6c(net.Mixed_6b(net.Mixed_6a(x)))))
-        if features > 768:
-            x = net.Mixed_7c(net.Mixed_7b(net.Mixed_7a(x)))
-        return x.mean((2, 3))
+            net, x = self.net, images.float().div(255).expand(-1, 3, -1, -1)
+            x = 2 * F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=False) - 1
+            if self.folded:
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = net.maxpool1(net.Conv2d_2b_3x3(net.Conv2d_2a_3x3(net.Conv2d_1a_3x3(x))))
+            if features > 64:
+                x = net.maxpool2(net.Conv2d_4a_3x3(net.Conv2d_3b_1x1(x)))
+            if features > 192:
+                x = net.Mixed_5d(net.Mixed_5c(net.Mixed_5b(x)))
+                x = net.Mixed_6e(net.Mixed_6d(net.Mixed_6c(net.Mixed_6b(net.Mixed_6a(x)))))
+            if features > 768:
+                x = net.Mixed_7c(net.Mixed_7b(net.Mixed_7a(x)))
+            return x.mean((2, 3))

@@ -15,31 +15,24 @@ class LPIPS(torch.nn.Module):
                   with lin0.model.1.weight ... lin4.model.1.weight (the authors' lpips package)
     vgg_weights   path of torchvision's VGG16 state dict; only its `features` are read
     pooling       "max", as VGG16 was trained, or "avg", smoother in the images
-    reduction     "none" for (B,), "mean" or "sum" for a scalar
 
-    Gradients flow to both images and never to the weights; an image that needs none, such as a target, costs no graph.
-    Feature norms are computed in float32 under autocast too; convolutions follow torch's own settings (autocast, TF32).  A
-    feature vector of zeros has gradient zero.
+    Gradients flow to both images and never to the weights; that of a feature vector of zeros is zero.  Feature norms are
+    float32 under autocast too; convolutions follow torch's own settings (autocast, TF32).
 
-    Files are read with weights_only=True: nothing in them is executed.  ValueError for a file of another content, OSError for
-    one that cannot be read.
+    Nothing in the files is executed.  ValueError for one of another content, OSError for one that cannot be read.
     """
 
-    def __init__(self, lin_weights, vgg_weights, pooling="max", reduction="none"):
+    def __init__(self, lin_weights, vgg_weights, pooling="max"):
         super().__init__()
         if pooling not in ("max", "avg"):
             raise ValueError(f"pooling is {pooling!r}: it must be 'max' or 'avg'")
-        if reduction not in ("none", "mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}: it must be 'none', 'mean' or 'sum'")
-        self.reduction = reduction
         with torch.device("meta"):  # no random numbers for weights that are replaced at once
-            layers = list(vgg16(weights=None).features)[:-1]  # without the last pooling
-        if pooling == "avg":
-            layers = [torch.nn.AvgPool2d(2) if isinstance(layer, torch.nn.MaxPool2d) else layer for layer in layers]
-        for layer in layers:
+            self.vgg = vgg16(weights=None).features[:-1]  # without the last pooling
+        for i, layer in enumerate(self.vgg):
             if isinstance(layer, torch.nn.ReLU):
                 layer.inplace = False  # a feature is read before the next layer overwrites it
-        self.vgg = torch.nn.Sequential(*layers)
+            elif isinstance(layer, torch.nn.MaxPool2d) and pooling == "avg":
+                self.vgg[i] = torch.nn.AvgPool2d(2)
         own, state = self.vgg.state_dict(), _read(vgg_weights)
         found = {name: state.get(f"features.{name}") for name in own} if isinstance(state, dict) else dict.fromkeys(own)
         for name, value in found.items():
@@ -57,14 +50,13 @@ class LPIPS(torch.nn.Module):
         x, found = (x.expand(-1, 3, -1, -1) - self.mean) / self.std, []
         for i, layer in enumerate(self.vgg):
             x = layer(x)
-            last_of_block = i + 1 == len(self.vgg) or isinstance(self.vgg[i + 1], (torch.nn.MaxPool2d, torch.nn.AvgPool2d))
-            if last_of_block:
-                full = x.float()
+            if i + 1 == len(self.vgg) or isinstance(self.vgg[i + 1], (torch.nn.MaxPool2d, torch.nn.AvgPool2d)):
+                full = x.float()  # the last of its block
                 found.append(full / (torch.linalg.vector_norm(full, dim=1, keepdim=True) + EPSILON))
         return found
 
     def forward(self, x, y):
-        """Distances of x and y, both (B, 1 or 3, H, W) in [0, 1]; ValueError for other shapes and for integers."""
+        """Distances (B,) of x and y, both (B, 1 or 3, H, W) in [0, 1]; ValueError for other shapes and for integers."""
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 16:
             raise ValueError(
                 f"images are {tuple(x.shape)} and {tuple(y.shape)}: both must be the same (B, 1 or 3, H, W), 16 pixels or more"
@@ -75,7 +67,7 @@ class LPIPS(torch.nn.Module):
         for i, (a, b) in enumerate(zip(self.features(x), self.features(y))):
             weights = getattr(self, f"lin{i}").reshape(-1, 1, 1)
             total = total + ((a - b).square() * weights).sum(1).mean((1, 2))
-        return {"none": total, "mean": total.mean(), "sum": total.sum()}[self.reduction]
+        return total
 
 
 def at_vgg_size(x):
@@ -100,8 +92,6 @@ def _lin_vectors(content, path):
     else:
         vectors = list(content) if isinstance(content, (list, tuple)) else []
     if [getattr(v, "numel", lambda: 0)() for v in vectors] != list(CHANNELS):
-        raise ValueError(
-            f"{path} does not hold LPIPS weights: expected five tensors of {', '.join(map(str, CHANNELS))} numbers, "
-            "in a list or named lin0.model.1.weight ..."
-        )
+        expected = f"five tensors of {', '.join(map(str, CHANNELS))} numbers, in a list or named lin0.model.1.weight ..."
+        raise ValueError(f"{path} does not hold LPIPS weights: expected {expected}")
     return vectors

@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 @contextmanager
 def atomic(path, sync=True):
-    """A temporary path beside `path` to write to, renamed to it on success and removed on failure.
+    """A temporary path beside `path` to write to, renamed to it on success and removed on failure, but for a kill.
 
     Whoever looks sees the whole file or none; with `sync`, even after a power cut.  UserError when the disk refuses.
-    A process that is killed here leaves its temporary path: see remove_leftovers().
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -70,25 +69,20 @@ def remove_leftovers(folder, name=None):
 
 def check_writable(path, advice="name another file"):
     """UserError if it is plain that a file `path` cannot be written: before the work that makes its content, not after."""
-    path = Path(path)
+    path = place = Path(path)
     try:
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; {advice}")
         place = next(parent for parent in path.absolute().parents if parent.exists())
-        why = "it is a folder" if path.is_dir() else f"{place} is a file" if not place.is_dir() else None
-    except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error
-    if why:
-        raise UserError(f"cannot write {path}: {why}; {advice}")
-    try:
         tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
+    except OSError as error:  # also a folder that may not be entered, a name that is too long
         raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); {advice}") from error
 
 
 def check_folder(folder, flag):
     """UserError unless results can be written into a folder, which may be missing."""
-    with suppress(OSError):  # check_writable says what is wrong then
-        if Path(folder).exists() and not Path(folder).is_dir():
-            raise UserError(f"--{flag} {folder} is a file: choose a folder")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--{flag} {folder} is a file: choose a folder")
     check_writable(Path(folder) / "any", f"choose another --{flag}")
 
 
@@ -129,33 +123,23 @@ def log(text):
         tqdm.write(text, file=sys.stderr)
 
 
-def picture(image):
-    """uint8 tensor (C, H, W), C = 1 or 3, as a Pillow image."""
-    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
-
-
-def write_png(path, image):
-    """PNG file of a uint8 tensor (C, H, W): atomic, but without waiting for the disk."""
-    with atomic(path, sync=False) as temporary:
-        picture(image).save(temporary, format="PNG")
-
-
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
+def write_png(path, image, sync=False):
+    """PNG file of a uint8 tensor (C, H, W), C = 1 or 3: atomic, but without `sync` it does not wait for the disk."""
+    array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    with atomic(path, sync) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")
 
 
 def is_whole_png(path):
     """Whether there is a PNG file to its end: after a power cut one that was just written may be empty or cut short."""
     with suppress(OSError), open(path, "rb") as file:  # there may be none, or one of fewer bytes
-        file.seek(-len(PNG_END), os.SEEK_END)
-        return file.read() == PNG_END
+        file.seek(-12, os.SEEK_END)
+        return file.read() == b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk
     return False
 
 
 def tile(images, columns):
-    """uint8 images (N, C, H, W) as one picture (3, H', W') with so many columns and white gaps; small images are enlarged.
-
-    Returns the picture and the size in pixels of one cell, an image and its gap.
-    """
+    """uint8 images (N, C, H, W), small ones enlarged, as one picture (3, H', W') with white gaps; and a cell's size in it."""
     from torchvision.utils import make_grid  # slow to import, and most runs draw nothing
 
     scale = max(1, 64 // images.shape[-1])
@@ -165,8 +149,7 @@ def tile(images, columns):
 
 def write_grid(path, images, columns):
     """PNG file of tile(images, columns)."""
-    with atomic(path) as temporary:
-        picture(tile(images, columns)[0]).save(temporary, format="PNG")
+    write_png(path, tile(images, columns)[0], sync=True)
 
 
 def new_figure(columns, width, height):
@@ -209,37 +192,31 @@ WEIGHTS = {  # flag: (file, where it is published, what needs it)
 }
 
 
-def published_hash(flag):
-    """First eight digits of the SHA-256 of a published weights file, as its name has them; empty where it has none."""
-    found = re.search(r"-([0-9a-f]{8})\.pth$", WEIGHTS[flag][0])
-    return found[1] if found else ""
-
-
 def weights_file(flag, path, download):
     """(path, SHA-256) of a published weights file: `path`, or its own name in weights/; rank 0 downloads it if asked to.
 
-    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins.  UserError if a file of that name does not keep
-    it, or if there is no file.
+    A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins.  Where that is not kept, UserError for a file
+    of this name, and a warning for one of another name.  UserError if there is no file.
     """
     name, place, need = WEIGHTS[flag]
     path, url = Path(path or Path("weights") / name), f"{place}/{name}"
-    promised = published_hash(flag) if path.name == name else ""
+    promised = "".join(re.findall(r"-([0-9a-f]{8})\.pth$", name))
 
     def find():
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: --{flag} names a file")
-        if not path.is_file():
-            raise UserError(f"{need} {path}: get it from {url}, name yours with --{flag}, or add --download")
         try:
             digest = file_hash(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{need} {path}: get it from {url}, name yours with --{flag}, or add --download") from error
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if not digest.startswith(promised):
+            raise UserError(f"cannot read --{flag} {path}: {error.strerror}") from error
+        if not digest.startswith(promised) and path.name == name:
             raise UserError(f"{path} is damaged or another file: its SHA-256 begins with {digest[:8]}; remove it and get {url}")
+        if not digest.startswith(promised):
+            log(f"warning: {path} is not the published file (SHA-256 {promised}...): values compare with none but its own")
         return path, digest
 
     if download:
-        dist_util.on_first_rank(lambda: None if path.exists() else fetch(url, path, published_hash(flag)))
+        dist_util.on_first_rank(lambda: None if path.exists() else fetch(url, path, promised))
     return dist_util.agree(find)
 
 

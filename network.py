@@ -4,13 +4,11 @@
 that EDM (arXiv 2206.00364) made common, so that published checkpoints load.  A second time, `s`, enters through layers
 of its own (`map_layer0_s`, `map_layer1_s`, `affine_s`): with them the network is the flow map's.
 
-`Denoiser` wraps a `UNet` F in the preconditioning of sde.py and is what everything else calls:
-
-    D(x, t)       E[X0 | Xt = x]                      the denoiser
-    D(x, t, s)    the denoiser's average over [s, t]  what the flow map G(x, t, s) transports along
+`Denoiser` wraps a `UNet` F in the preconditioning of sde.py and is what everything else calls.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +91,7 @@ class UNetBlock(nn.Module):
     def __init__(self, cin, cout, emb, dropout, two_times, direction=None, taps=(1, 1), attention=False):
         super().__init__()
         self.in_channels = cin
-
-        def resampling(kernel):
-            return ResampleConv(cin, cout, kernel, direction, taps)
-
+        resampling = partial(ResampleConv, cin, cout, direction=direction, taps=taps)
         self.norm0 = group_norm(cin)
         self.conv0 = resampling(3) if direction else nn.Conv2d(cin, cout, 3, padding=1)
         self.affine = nn.Linear(emb, cout)
@@ -125,14 +120,9 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Raw network F(x, noise, [noise_s], [label]).
+    """Raw network F(x, noise, [noise_s], [label]); defaults.Network says what its settings mean.
 
-    img_resolution   height and width, divisible by 2**(len(channel_mult) - 1)
-    img_channels     channels in and out
-    architecture     "ddpmpp" or "ncsnpp"
-    label_dim        classes, 0 for none; with classes, every call needs labels
-    label_dropout    probability of hiding the label from one training image
-    two_times        with the second time's layers
+    The resolution, height and width, is divisible by 2**(len(channel_mult) - 1).  `two_times`: with the second time's layers.
     """
 
     def __init__(
@@ -163,9 +153,7 @@ class UNet(nn.Module):
             self.map_layer1_s = nn.Linear(emb, emb)
         self.two_times = two_times
 
-        def block(cin, cout, **more):
-            return UNetBlock(cin, cout, emb, dropout, two_times, taps=taps, **more)
-
+        block = partial(UNetBlock, emb=emb, dropout=dropout, two_times=two_times, taps=taps)
         resolutions = [img_resolution >> level for level in range(len(channel_mult))]
         widths = [model_channels * mult for mult in channel_mult]
         self.enc = nn.ModuleDict()
@@ -260,10 +248,9 @@ class UNet(nn.Module):
 class Denoiser(nn.Module):
     """Preconditioned network: D(x, t [, s] [, label]) = c_skip x + c_out F(c_in x, M t [, M s] [, label]).
 
-    net          a UNet (its state dict is what checkpoints hold)
-    sigma_data   standard deviation of the data the preconditioning assumes
-    M            factor between t in [0, 1] and the network's unit of time
-    precision    of the network: "fp32", "tf32" or "bf16"; what surrounds it is computed in the dtype of x
+    D(x, t) is E[X0 | Xt = x], and D(x, t, s) its average over [s, t], along which the flow map G(x, t, s) transports x.
+    `sigma_data` is the data's standard deviation, M the network's unit of time; `net`'s state dict is what checkpoints hold.
+    The net alone is computed in `precision`, "fp32", "tf32" or "bf16"; the rest in the dtype of x.
     """
 
     def __init__(self, net, sigma_data=1.0, M=999.0, precision="fp32"):
@@ -298,15 +285,8 @@ def fastest_precision(device):
 
 
 def start_from_teacher(student, teacher):
-    """Copy a denoiser's UNet into a two-time UNet whose s-branch then adds exactly nothing: G is one teacher step.
-
-    The s-branch's embedding starts from the teacher's, its ends (`affine_s`) at zero.
-    """
-    state = dict(teacher.state_dict())
-    for layer in ("map_layer0", "map_layer1"):
-        for kind in ("weight", "bias"):
-            state[f"{layer}_s.{kind}"] = state[f"{layer}.{kind}"]
-    for name, value in student.state_dict().items():
-        if ".affine_s." in name:
-            state[name] = torch.zeros_like(value)
-    student.load_state_dict(state)
+    """Copy a denoiser's UNet into a two-time UNet whose s-branch then adds exactly nothing: G is one teacher step."""
+    state = teacher.state_dict()
+    ends = {name: torch.zeros_like(value) for name, value in student.state_dict().items() if ".affine_s." in name}
+    embedding = {name.replace(".", "_s.", 1): value for name, value in state.items() if name.startswith("map_layer")}
+    student.load_state_dict({**state, **embedding, **ends})

@@ -20,9 +20,6 @@ def like(c, x):
     return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-# ------------------------------------------------------------------------------------------------- interpolant
-
-
 def alpha(t):
     """Weight of the data in Xt."""
     return 1 - t
@@ -51,13 +48,9 @@ def score(x, d, t):
 def transport(x, d, t, s):
     """T(x, d; t, s): where the ODE carries x from t to s if the denoiser is constantly d.  t, s in [0, 1], s <= t.
 
-    T = (beta_s/beta_t) x + (alpha_s - alpha_t beta_s/beta_t) d.  With theta = arccos(1 - t) the weight of d is
-    sin(theta_t - theta_s) / sin(theta_t); both forms subtract nearly equal numbers when t is near s, and arccos(1 - t) loses
-    half its digits near t = 0.  Since beta_t^2 - beta_s^2 = (t - s)(2 - t - s), it also equals
-
-        (t - s) [alpha_s (2 - t - s) / (beta_t + beta_s) + beta_s] / beta_t,
-
-    a sum of terms of one sign, which loses none.  At t = s the result is x itself, t = 0 included.
+    T = (beta_s/beta_t) x + (alpha_s - alpha_t beta_s/beta_t) d.  Near t = s the weight of d is a difference of nearly
+    equal numbers; as (t - s) [alpha_s (2 - t - s) / (beta_t + beta_s) + beta_s] / beta_t, from beta_t^2 - beta_s^2 =
+    (t - s)(2 - t - s), it loses no digits.  At t = s the result is x itself, t = 0 included.
     """
     keep, pull = transport_weights(t, s)
     return like(keep, x) * x + like(pull, x) * d
@@ -79,9 +72,6 @@ def data_between(x, y, t, s):
     return (y - like(keep, x) * x) / like(pull, x)
 
 
-# --------------------------------------------------------------------------------------------- preconditioning
-
-
 def preconditioning(t, sigma):
     """(c_in, c_skip, c_out) for data of standard deviation `sigma`: unit-variance input and target for the network.
 
@@ -95,9 +85,6 @@ def loss_weight(t, sigma):
     """1 / c_out^2 = w / (beta^2 sigma^2): every time then weighs the same in the network's own units.  t > 0."""
     beta2 = t * (2 - t)
     return ((alpha(t) * sigma) ** 2 + beta2) / (beta2 * sigma**2)
-
-
-# ------------------------------------------------------------------------------------------------ grid and start
 
 
 def grid(n, t_max, t_min, rho=1.0):
@@ -138,9 +125,8 @@ def deis_step(denoise, x, t, s):
 def heun_step(denoise, x, t, s):
     """Order 2: Heun's on the velocity where beta_t^2 <= 4 beta_s^2, else deis_step.  Two calls, or one.
 
-    The corrector divides by beta_s^2.  An error e of the denoiser at t moves the predicted state, and comes back as about
-    e (beta_t^2 / beta_s^2) / 2: speckles, where s is near data.  So the corrector is used up to a ratio of 4, which finer
-    grids keep at nearly all steps.  On a GPU each step waits for the device, to know whether any image is corrected.
+    The corrector turns an error e of the denoiser at t into about e (beta_t^2 / beta_s^2) / 2: speckles, where s is near data.
+    On a GPU each step waits for the device, to know whether any image is corrected.
     """
     d = denoise(x, t)
     to_s = transport(x, d, t, s)
@@ -188,12 +174,9 @@ def solver(name, denoise):
 def ancestral_step(denoise, noise, x, t, s):
     """One step of the reverse SDE dX = [f - g^2 score] dt + g dW, f = -x/(1-t), g^2 = 2/(1-t), for t < 1.
 
-    Exact while the denoiser is constant (f and g blow up at t = 1, so Euler-Maruyama would need tiny steps there): a draw
-    from the posterior of X_s given X_t = x and X0 = D, with r = alpha_t/alpha_s,
-
-        mean = r beta_s^2/beta_t^2 x + alpha_s (1 - r^2)/beta_t^2 D,    variance = beta_s^2/beta_t^2 (1 - r^2).
-
-    `noise()` returns standard normals of x's shape.
+    Exact while the denoiser is constant: a draw from the posterior of X_s given X_t = x and X0 = D, with r = alpha_t/alpha_s,
+    mean r beta_s^2/beta_t^2 x + alpha_s (1 - r^2)/beta_t^2 D and variance beta_s^2/beta_t^2 (1 - r^2).  `noise()` returns
+    standard normals of x's shape.
     """
     d = denoise(x, t)
     r = alpha(t) / alpha(s)
@@ -204,9 +187,9 @@ def ancestral_step(denoise, noise, x, t, s):
 
 
 def churn(x, t, gamma, t_max, noise):
-    """Noise mollification: (x, t) -> (x', t') with t' = min((1 + gamma) t, t_max) and fresh noise for the difference.
+    """Noise mollification: (x, t) -> (x', t'), t' = min((1 + gamma) t, t_max), with the law of Xt' where x has that of Xt.
 
-    x' = r x + sqrt(1 - r^2) eps with r = alpha_t'/alpha_t, so that the law of Xt becomes that of Xt'.
+    x' = r x + sqrt(1 - r^2) eps with r = alpha_t'/alpha_t.
     """
     back = ((1 + gamma) * t).clamp(max=t_max).maximum(t)
     r = alpha(back) / alpha(t)
@@ -254,8 +237,7 @@ def denoising_loss(d, x0, t, sigma):
 def pair_probabilities(K, one_step, to_data):
     """(K, K + 1) probabilities of regressing the state at grid point k on the one at l > k (entry [k, l]).
 
-    A share `one_step` goes to the one-step pair (0, K), a share `to_data` evenly to the pairs that end in data (l = K), and
-    the rest evenly to all pairs.
+    A share `one_step` goes to the pair (0, K), a share `to_data` evenly to the pairs with l = K, the rest evenly to all pairs.
     """
     p = torch.triu(torch.ones(K, K + 1, dtype=torch.float64), diagonal=1)
     p *= (1 - one_step - to_data) / p.sum()
@@ -275,8 +257,7 @@ def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_d
     Returns the distances of G(x_k, t_k, t_l) to x_l, (B,), and the stage-1 losses, (B',).
     """
     x_k, x_l = states
-    x = torch.cat([x_k, interpolate(x0, z, t)])
-    d = denoise(x, torch.cat([ts[k], t]), torch.cat([ts[l], t]))
+    d = denoise(torch.cat([x_k, interpolate(x0, z, t)]), torch.cat([ts[k], t]), torch.cat([ts[l], t]))
     d_k, d_0 = d.split([len(x_k), len(x0)])
     if on_data:
         distances = distance(d_k, data_between(x_k, x_l, ts[k], ts[l]))
@@ -288,11 +269,8 @@ def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_d
 def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, sigma, distance):
     """Consistency of the flow map along the teacher's ODE (as in CTM, arXiv 2310.02279), and the stage-1 loss.
 
-    With t = ts[i] > u = ts[i + n] >= s = ts[k] and x_u found from x_t by n teacher steps, compares at time 0
-
-        G_ema(G(x_t, t, s), s, 0)    with    G_ema(stopgrad G(x_u, u, s), s, 0).
-
-    s may be u: those pairs tie the flow map to the teacher, all others tie it to itself.
+    With t = ts[i] > u = ts[i + n] >= s = ts[k] and x_u found from x_t by n teacher steps, compares G_ema(G(x_t, t, s), s, 0)
+    with G_ema(stopgrad G(x_u, u, s), s, 0).  Pairs with s = u tie the flow map to the teacher, all others tie it to itself.
 
     denoise, ema   D(x, t, s) of the student and of its moving average (which must not require gradients)
     teacher_step   step(x, t, s)
@@ -317,9 +295,5 @@ def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, s
 
 
 def adaptive_weight(gradient, other):
-    """How much stronger one gradient is than another, |gradient| / |other|, but at most 1e4.
-
-    A loss whose gradient is `other`, times this weight, pulls as hard as the loss whose gradient is `gradient`.  Both are
-    gradients at one layer, of the losses of the same step.
-    """
+    """|gradient| / |other|, at most 1e4: times this, the loss of the second gradient pulls as hard as that of the first."""
     return (gradient.norm() / other.norm().clamp(min=1e-12)).clamp(max=1e4)

@@ -36,10 +36,9 @@ def main():
         Run, ["task", "data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's"
     )
     defaults.required(run, "checkpoint")
-    if not 1 <= run.nsampling <= 2**16:
-        raise UserError(f"--nsampling is {run.nsampling}: it must be from 1 to {2**16}")
-    if not 0 <= run.columns <= 2**16:
-        raise UserError(f"--columns is {run.columns}: it must be from 0, for a square, to {2**16}")
+    for name, least in (("nsampling", 1), ("columns", 0)):
+        if not least <= getattr(run, name) <= 2**16:
+            raise UserError(f"--{name} is {getattr(run, name)}: it must be from {least} to {2**16}")
     seeds = range(run.start_seed, run.start_seed + run.nsampling)
     generator.check_seeds(seeds[0], seeds[-1])
     with dist_util.session() as device:

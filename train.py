@@ -66,12 +66,7 @@ def training_times(n, train, generator):
 
 
 class Objective:
-    """Base of the objectives.
-
-    model, ema   the Denoiser to train, maybe a dist_util.parallel() one; its moving average
-    teacher      a generator.Trained, in stage 2
-    distance     function of two batches of images -> (B,), in stage 2
-    """
+    """Base: the Denoiser to train, maybe a dist_util.parallel() one, and for stage 2 a generator.Trained and a distance."""
 
     def __init__(self, model, config, teacher=None, distance=None, ema=None):
         self.model, self.config, self.teacher, self.distance, self.ema = model, config, teacher, distance, ema
@@ -121,8 +116,7 @@ class Distillation(Objective):
     def balance(self, distance, denoising, place):
         """sde.adaptive_weight of the two losses, over all ranks and rounds of a step.
 
-        A step of several rounds takes that of the step before, `ratio`, since its own is known only after its last round.  The
-        very first one takes that of its rounds so far.
+        With several rounds that of the step before, `ratio`; in the very first step that of the rounds so far.
         """
         last, train = getattr(self.model, "module", self.model).net.last_layer, self.config.train
         gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (distance, denoising)]
@@ -139,8 +133,8 @@ class Distillation(Objective):
 class Trajectory(Distillation):
     """The paper's regression on the teacher's solutions, which are kept in a bank: see workdir.Bank.
 
-    The bank is a ring of batches of global_bsz solutions, of which each rank holds its share.  A share is a function of
-    (seed, rank, number of the batch) alone, and which batches the bank holds at a step is a function of the step.
+    The bank is a ring of batches of global_bsz solutions, of which each rank holds its share, a function of (seed, rank, number
+    of the batch).  Which batches it holds is a function of the step.
     """
 
     def __init__(self, *args):
@@ -256,10 +250,7 @@ OBJECTIVES = {"trajectory": Trajectory, "semigroup": Semigroup}  # of stage 2
 
 
 def make_distance(run, config, device):
-    """--loss_norm as a function of two batches of images in the model's range, (B, C, H, W) each -> (B,).
-
-    LPIPS as the reference has it: average pooling, images of fewer than 256 pixels resized to 224, grey repeated.
-    """
+    """--loss_norm, of two batches of images in the model's range -> (B,); LPIPS pools by averages, as in the reference."""
     if config.distil.loss_norm != "lpips":
         return sde.DISTANCES[config.distil.loss_norm]
     import lpips  # which imports torchvision, slowly
@@ -276,9 +267,6 @@ def make_distance(run, config, device):
     return lambda a, b: perceptual(*(lpips.at_vgg_size((x + 1) / 2 if centered else x) for x in (a, b)))
 
 
-# --------------------------------------------------------------------------------------------------- one step
-
-
 def learning_rate(step, train):
     """Rate of optimizer step `step` (from 0): linear warm-up, then constant or half a cosine to 0 at train_steps."""
     warmup = min((step + 1) / max(train.lr_rampup_steps, 1), 1.0)
@@ -289,8 +277,7 @@ def learning_rate(step, train):
 def accumulate(model, objective, draw, rounds, after_round=lambda last: False):
     """Gradients of the mean of the objective over rounds and ranks, left in .grad; returns the means over rounds of its logs.
 
-    draw(r) gives the objective's arguments in round r.  after_round(last) is called after each; if it returns true, the step is
-    given up, and None returned.
+    draw(r) gives the objective's arguments in round r.  None is returned, for a step given up, once after_round(last) is true.
     """
     totals = {}
     for r in range(rounds):
@@ -309,9 +296,6 @@ def seed_round(generator, seed, step, r):
     """Start this rank's random streams for a round of a step: `generator` for noise and times, torch's own for dropout."""
     generator.manual_seed(misc.derive_seed(seed, "noise", step, r, dist_util.rank()))
     torch.manual_seed(misc.derive_seed(seed, "dropout", step, r, dist_util.rank()))
-
-
-# --------------------------------------------------------------------------------------------- seen while it trains
 
 
 @dataclass
@@ -367,8 +351,7 @@ def draw_samples(folder, trained, step):
     """samples/{step}.png, a grid of --nsampling images of seeds 0, 1, ...; and loss.png."""
     count, path = trained.config.train.nsampling, folder / "samples" / f"{step:06d}.png"
     with misc.not_fatal(path):
-        images = torch.cat([images for _, images in generator.generate(trained, range(count), desc="samples")])
-        misc.write_grid(path, images, columns=math.ceil(math.sqrt(count)))
+        misc.write_grid(path, trained.images(range(count)), columns=math.ceil(math.sqrt(count)))
     with misc.not_fatal(folder / "loss.png"):
         workdir.draw_curves(folder)
 
@@ -409,8 +392,7 @@ class Training:
     def begin(self, remove):
         """Take the folder for this run, and make the data and the objective ready; `remove` what an earlier run left there."""
         plan, train = self.plan, self.config.train
-        remove = remove and not plan.saved
-        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, self.config, remove, self.keep))
+        self.lock = dist_util.on_first_rank(lambda: workdir.prepare(plan, self.config, remove and not plan.saved, self.keep))
         self.begun = time.perf_counter() - next((x["seconds"] for x in workdir.history(plan)[::-1] if "seconds" in x), 0)
         self.steps = train.train_steps - (plan.origin["step"] if plan.origin else 0)  # of the run in this folder
         self.last_saved = plan.start if plan.in_place else None
@@ -538,16 +520,16 @@ class Training:
             return
         line = {"step": state.step, **state.window.means(), "lr": learning_rate(state.step - 1, train)}
         line |= self.lately.line(self.generator.device)
-        line |= {"images_seen": state.step * train.global_bsz, "seconds": self.seconds()}
-        if dist_util.rank() == 0:
-            workdir.append_metrics(self.folder, line)
+        line["images_seen"] = state.step * train.global_bsz
+        self.note(line)
         if "loss" in line:
             self.shown["loss"] = f"{line['loss']:.4g}"
         state.window, self.lately = checkpoint.Window(self.generator.device), Meter(train.global_bsz, self.flops)
 
-    def seconds(self):
-        """Wall-clock time of the run, without that between a stop and going on."""
-        return round(time.perf_counter() - self.begun, 1)
+    def note(self, line):
+        """Add a line to metrics.jsonl, with the wall-clock time of the run, without that between a stop and going on."""
+        if dist_util.rank() == 0:
+            workdir.append_metrics(self.folder, {**line, "seconds": round(time.perf_counter() - self.begun, 1)})
 
     def save(self):
         """A checkpoint of the last step, if there is none.  Not after skipped steps, unless the run ends: it may be bad."""
@@ -575,8 +557,7 @@ class Training:
             self.save()
             value = self.score(trained, self.stop.poll)
             if dist_util.rank() == 0:
-                line = {"step": done, self.score.name: value, "images_scored": config.train.fid_num, "seconds": self.seconds()}
-                workdir.append_metrics(self.folder, line)
+                self.note({"step": done, self.score.name: value, "images_scored": config.train.fid_num})
                 self.shown[self.score.name] = f"{value:.4f}"
                 self.bar.set_postfix(self.shown)
 
@@ -593,9 +574,6 @@ def load_data(plan, flags):
     images = dist_util.agree(lambda: dataset.load(config.data, may_download))
     fingerprint = dist_util.gather(dist_util.on_first_rank(lambda: workdir.check_data(images, plan)))[0]
     names, counts = dataset.check_classes(images, config.network.label_dim)
-    before = plan.teacher.config.data.class_names if plan.teacher and config.network.label_dim else ()
-    if before and before != names:
-        misc.log(f"warning: the teacher's classes have other names: {', '.join(before[:12])}")
     if isinstance(images, dataset.ImageFiles):
         if plan.workdir.resolve().is_relative_to(images.path.resolve()):
             raise UserError(f"--workdir {plan.workdir} lies in --data_path: its pictures would be data; choose another")

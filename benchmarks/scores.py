@@ -108,7 +108,7 @@ def write_mnist(folder, data_path):
     images = dataset.load(defaults.resolve({"data_name": "mnist", "data_path": data_path}).data).images
     with misc.progress(len(images), "writing PNG files") as bar:
         for i, image in enumerate(images):
-            misc.picture(image).save(folder / f"{i:06d}.png")
+            misc.write_png(folder / f"{i:06d}.png", image)
             bar.update()
 
 

@@ -44,14 +44,6 @@ def test_flat_class_and_nested_folders_zips_and_arrays_hold_the_same_images(tmp_
     assert sets[1].labels.tolist() == sets[3].labels.tolist() == [0] * 3 + [1] * 3 + [2] * 2
 
 
-def test_an_array_of_images_stays_on_the_disk(tmp_path, monkeypatch):
-    batch = images(2000, (3, 32, 32)).permute(0, 2, 3, 1).numpy()
-    np.savez(tmp_path / "a.npz", batch)
-    monkeypatch.setattr(np, "load", None)  # which would read it all
-    picked = dataset.load_array(tmp_path / "a.npz").batch([3, 1999])[0]
-    assert np.array_equal(picked.permute(0, 2, 3, 1).numpy(), batch[[3, 1999]])
-
-
 def test_pictures_are_converted_without_loss(tmp_path):
     """Black and white, grey with alpha, palettes and opaque RGBA: the same pixels as 8-bit grey or RGB."""
     rgb = Image.fromarray(images(1, (3, 6, 5))[0].permute(1, 2, 0).numpy())
@@ -195,16 +187,19 @@ UNFIT = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", UNFIT)
-def test_folders_that_are_not_the_classes_asked_for_are_listed(tmp_path, name):
+def test_folders_that_are_not_the_classes_asked_for_are_listed(tmp_path, name, packed):
     files, empty, message = UNFIT[name]
-    for path in files:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4)).save(tmp_path / path)
+    path = tmp_path / "data"
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(path / file)
     for folder in empty:
-        (tmp_path / folder).mkdir()
+        (path / folder).mkdir()
+    path = shutil.make_archive(tmp_path / "zip", "zip", path) if packed else path
     with pytest.raises(UserError, match="--label_dim is 2, but .*; --data_path names") as caught:
-        dataset.check_classes(dataset.ImageFiles(tmp_path, 4, 1), 2)
+        dataset.check_classes(dataset.ImageFiles(path, 4, 1), 2)
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
@@ -391,8 +386,7 @@ def stripes(data, download):
 
 def add_stripes():
     dataset.DATASETS["stripes"] = stripes
-    for table in (defaults.DATA_PRESETS, defaults.NETWORK_PRESETS):
-        table["stripes"] = table["digits"]
+    defaults.DATA_PRESETS["stripes"] = defaults.DATA_PRESETS["digits"]
     for mode in ("denoiser", "characteristic"):
         defaults.TRAIN_PRESETS["stripes", mode] = defaults.TRAIN_PRESETS["digits", mode]
 
@@ -433,18 +427,18 @@ def test_pixels_round_to_the_nearest_level():
 def test_rounds_and_ranks_split_the_same_images(monkeypatch):
     """Step 3 uses the same images whatever the number of ranks and rounds."""
     monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 1)
-    whole = next(iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=24)))
+    whole = next(dataset.index_batches(100, seed=5, start=3, global_bsz=24, bsz=24))
     split = []
     for rank in (0, 1):
         monkeypatch.setattr(dataset.dist_util, "world_size", lambda: 2)
         monkeypatch.setattr(dataset.dist_util, "rank", lambda rank=rank: rank)
-        batches = iter(dataset.Batches(100, seed=5, start=3, global_bsz=24, bsz=6))
+        batches = dataset.index_batches(100, seed=5, start=3, global_bsz=24, bsz=6)
         split += [next(batches), next(batches)]
     assert sorted(sum(split, [])) == sorted(whole)
 
 
 def test_an_epoch_shows_every_image_once_and_epochs_differ():
-    batches = iter(dataset.Batches(12, seed=0, start=0, global_bsz=5, bsz=5))
+    batches = dataset.index_batches(12, seed=0, start=0, global_bsz=5, bsz=5)
     stream = sum((next(batches) for _ in range(5)), [])[:24]
     assert sorted(stream[:12]) == sorted(stream[12:]) == list(range(12)) and stream[:12] != stream[12:]
 
@@ -459,7 +453,7 @@ def test_zip_data_is_read_whole_by_several_workers(tmp_path):
     config = tiny_config(data_name="folder", image_size=8, num_workers=2)
     images_of_zip = dataset.ImageFiles(tmp_path / "data.zip", 8, 3)
     expected, labels = images_of_zip.batch(list(range(40)))
-    order = iter(dataset.Batches(40, config.train.seed, 0, 8, 8))
+    order = dataset.index_batches(40, config.train.seed, 0, 8, 8)
     for (found, classes), indices in zip(
         (next(b) for b in [dataset.batches(images_of_zip, config.data, config.train, 0)] * 20), order
     ):

@@ -23,7 +23,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     misc.check_writable(tmp_path / "new" / "deeper" / "x.npz")
     long = tmp_path / ("x" * 300) / "x.npz"
-    places = [(tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "is a file"), (long, "too long")]
+    places = [(tmp_path, "it is a folder"), (tmp_path / "file" / "x.npz", "file is not writable"), (long, "too long")]
     if Path("/proc/self").exists():
         places.append((Path("/proc/new/x.npz"), "/proc is not writable"))
     for path, message in places:
