@@ -11,7 +11,6 @@ import dist_util
 from dist_util import UserError
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,23 +20,8 @@ import defaults
 import fid
 import generator
 import misc
-from defaults import file, setting
 
 TITLES = {"denoiser": "denoiser, ODE", "characteristic": "flow map"}
-
-
-@dataclass(frozen=True)
-class Run(fid.InceptionFile):
-    """comparison"""
-
-    denoiser: str | None = file("checkpoint of the denoiser")
-    characteristic: str | None = file("checkpoint of the flow map")
-    dest: str = setting("compare.png", "PNG file for the picture", path=".png")
-    num_steps: tuple[int, ...] = setting((1, 2, 5, 10, 20), "numbers of steps to compare")
-    nsampling: int = setting(8, "rows of the picture: seeds from 0")
-    ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for the curves")
-    end_seed: int = setting(1799, "last seed, included, of the images scored for the curves")
-    images: str | None = file("folder with images of eval.py in folders {mode}-{steps}, to score instead of making them again")
 
 
 def draw_images(models, run):
@@ -108,7 +92,7 @@ def draw_curves(rows, run):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's")
+    run, flags = defaults.parse("compare", description=__doc__)
     defaults.required(run, "denoiser", "characteristic")
     if not run.num_steps or not 1 <= min(run.num_steps) <= max(run.num_steps) <= 4096:
         raise UserError("--num_steps takes numbers from 1 to 4096")

@@ -13,8 +13,6 @@ import os
 import typing
 from dataclasses import dataclass, field, fields
 
-import sde
-
 
 def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True):
     """A field that is a setting; its values are within `limits` (least and greatest), among `choices`, or truly `between` two.
@@ -100,7 +98,7 @@ class Distil:  # stage 2
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
-    teacher_solver: str = setting("deis", "solver of the teacher's ODE", choices=lambda: sde.SOLVERS)
+    teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun, deis or dpm")
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
     adaptive_weight: bool = setting(True, "scale the stage-1 loss to the distance's gradient norm at the last layer")
     dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", SHARE)
@@ -117,7 +115,7 @@ class Distil:  # stage 2
 
 @dataclass(frozen=True)
 class Sampling:
-    ode_solver: str = setting("deis", "solver of the denoiser's ODE; a flow map needs none", choices=lambda: sde.SOLVERS)
+    ode_solver: str = setting("deis", "solver of the denoiser's ODE: euler, heun, deis or dpm; a flow map needs none")
     num_steps: int = setting(
         20, "steps from noise to data; heun calls more often (20, flow map 1; train.py in stage 2: its grid, 20)", (1, 4096)
     )
@@ -324,6 +322,10 @@ def check(config):
         if f.metadata["between"]:
             low, high = f.metadata["between"]
             require(name, low < value < high, f"between {low} and {high}, both excluded")
+    import sde  # and torch, which --help does without
+
+    for name in ("ode_solver", "teacher_solver"):
+        choose(name, values[name], sde.SOLVERS)
     data, net, train, distil, sampling = config.data, config.network, config.train, config.distil, config.sampling
     size, channels = DATA_PRESETS[data.data_name][:2]
     require("image_size", data.data_name in ("afhq", "folder") or data.image_size == size, f"{size} for {data.data_name}")
@@ -350,6 +352,109 @@ def check(config):
     must = f"below label_dim, which is {net.label_dim}" if net.label_dim else "left out, since the model has no classes"
     require("class_idx", sampling.class_idx < net.label_dim, must)
     return config
+
+
+# ---------------------------------------------------------------------------------------- what each script asks for
+
+
+@dataclass(frozen=True)
+class InceptionFile:
+    """weights of the Inception network"""
+
+    inception_weights: str | None = file("InceptionV3's weights; weights/pt_inception-2015-12-05-6726825d.pth if left out")
+    download: bool = setting(False, "fetch weights where they are published, if their files are missing")
+
+
+@dataclass(frozen=True)
+class TrainRun(InceptionFile):
+    """files"""
+
+    workdir: str | None = file("folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
+    teacher: str | None = file("checkpoint of the denoiser to distil (mode characteristic)")
+    resume: str | None = file("checkpoint that a run in a new --workdir begins from")
+    fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
+    force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
+    dry_run: bool = setting(False, "say how large the run would be and how long it would take, and leave")
+    keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
+    ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
+    lpips_weights: str | None = file("LPIPS's channel weights; weights/lpips_weights.pt if left out")
+    vgg_weights: str | None = file("the VGG16's weights, for LPIPS; weights/vgg16-397923af.pth if left out")
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """files and seeds"""
+
+    checkpoint: str | None = file("checkpoint to sample from")
+    workdir: str | None = file("folder for the images")
+    start_seed: int = setting(0, "first seed")
+    end_seed: int = setting(49999, "last seed, included")
+
+
+@dataclass(frozen=True)
+class FidRun(InceptionFile):
+    """scoring"""
+
+    mode: str = setting(
+        "fid", "ref: statistics of --data_name; gen: of images; fid: their scores", choices=("ref", "gen", "fid")
+    )
+    dest: str | None = file("npz file for the statistics (ref, gen)", ".npz")
+    img_folder: str | None = file("images (gen, fid): a folder or zip, or an npz with uint8 `arr_0` (N, H, W, C)")
+    checkpoint: str | None = file("instead of --img_folder, the model to draw images from, as eval.py does")
+    start_seed: int = setting(0, "with --checkpoint: first seed")
+    end_seed: int = setting(49999, "with --checkpoint: last seed, included")
+    stat_path: str | None = file("instead of --img_folder, the npz file that --mode gen made of them (fid)")
+    ref_path: str | None = file("npz file with the reference's statistics (fid)")
+    features: str = setting(
+        "auto",
+        "pixels in [0, 1], or 2,048 of FID's InceptionV3; auto: of --ref_path, else pixels for grey, inception for colour",
+        choices=("auto", "pixels", "inception"),
+    )
+    metrics: str = setting(
+        "fid",
+        "scores, with commas: fid; kid; pr (precision and recall, k = 3). The last two need --metrics in ref and gen too",
+    )
+    num: int | None = setting(None, "take so many images, drawn by --seed; with torchrun: `torchrun ... -- fid.py ... --num N`")
+    seed: int = setting(0, "of the subset")
+    force: bool = setting(False, "compare statistics that say they were made differently")
+    csv: str | None = file("file to append the scores and how the images were made to, as a row (fid)")
+
+
+@dataclass(frozen=True)
+class TeaserRun:
+    """picture"""
+
+    checkpoint: str | None = file("checkpoint to sample from")
+    dest: str | None = file("PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out", ".png")
+    start_seed: int = setting(0, "first seed; the next ones follow")
+    nsampling: int = setting(64, "images in the grid; with --trajectory, rows")
+    columns: int = setting(0, "images in a row of the grid; 0 for a square")
+    trajectory: bool = setting(False, "a row for each image: the states from noise to data, up to 11 of them")
+
+
+@dataclass(frozen=True)
+class CompareRun(InceptionFile):
+    """comparison"""
+
+    denoiser: str | None = file("checkpoint of the denoiser")
+    characteristic: str | None = file("checkpoint of the flow map")
+    dest: str = setting("compare.png", "PNG file for the picture", path=".png")
+    num_steps: tuple[int, ...] = setting((1, 2, 5, 10, 20), "numbers of steps to compare")
+    nsampling: int = setting(8, "rows of the picture: seeds from 0")
+    ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for the curves")
+    end_seed: int = setting(1799, "last seed, included, of the images scored for the curves")
+    images: str | None = file("folder with images of eval.py in folders {mode}-{steps}, to score instead of making them again")
+
+
+OF_MODEL, THEIRS = ("task", "data", "network", "sampling", "speed"), "the checkpoint's"
+SCRIPTS = {
+    # name: (its own settings, the sections whose settings it takes, where --help says that these have their defaults)
+    "train": (TrainRun, tuple(SECTIONS), None),
+    "eval": (EvalRun, OF_MODEL, THEIRS),
+    "teaser": (TeaserRun, OF_MODEL, THEIRS),
+    "fid": (FidRun, OF_MODEL[1:], "the checkpoint's, or by preset"),
+    "compare": (CompareRun, OF_MODEL[1:], THEIRS),
+}
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -398,12 +503,12 @@ def _add(parser, f, default):
         parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), **options)
 
 
-def parse(own, sections, argv=None, description="", source=None):
-    """A command line: (own settings, {setting: value} given explicitly for the `sections`, which resolve() takes).
+def parse(script, argv=None, description=""):
+    """A command line: (settings of the script's own, {setting: value} given explicitly for its sections, for resolve()).
 
-    `own` is the dataclass of the script's own settings, which hide those of the sections with the same name.  `source` is where
-    --help says that the sections have their defaults, if that is neither the field nor the preset.
+    The script's own settings hide those of the sections with the same name.
     """
+    own, sections, source = SCRIPTS[script]
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(description=description, formatter_class=formatter, epilog=_preset_table(sections), allow_abbrev=False)
     by_preset = {name for key in TRAIN_PRESETS for name in preset(*key)}

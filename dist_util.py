@@ -3,9 +3,14 @@
 import os
 import signal
 import sys
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class UserError(Exception):
+    """A mistake of the user's, told by rank 0 in one line.  All ranks raise it, with agree() where one may meet it alone."""
 
 
 def _leave(number, frame):
@@ -18,6 +23,11 @@ _script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolv
 if _script.parent == Path(__file__).resolve().parent and _script.stem in ("train", "eval", "fid", "teaser", "compare"):
     for _number in SIGNALS:  # its imports take seconds, in which Ctrl-C would be a traceback; launch() has better answers
         signal.signal(_number, _leave)
+    if {"-h", "--help"} & set(sys.argv[1:]):  # which is to be there at once, so before torch
+        import defaults
+
+        with suppress(UserError):  # launch() tells it
+            defaults.parse(_script.stem, description=sys.modules["__main__"].__doc__)
 
 os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name, which a container's user may not have
 
@@ -25,14 +35,9 @@ import datetime  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
-from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-
-
-class UserError(Exception):
-    """A mistake of the user's, told by rank 0 in one line.  All ranks raise it, with agree() where one may meet it alone."""
 
 
 class LoneError(UserError):

@@ -11,24 +11,11 @@ import dist_util
 from dist_util import UserError
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import defaults
 import generator
 import misc
-from defaults import file, setting
-
-
-@dataclass(frozen=True)
-class Run:
-    """files and seeds"""
-
-    checkpoint: str | None = file("checkpoint to sample from")
-    workdir: str | None = file("folder for the images")
-    start_seed: int = setting(0, "first seed")
-    end_seed: int = setting(49999, "last seed, included")
-
 
 NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout", "compile")  # to the images, but for rounding
 
@@ -82,9 +69,7 @@ def lacking(workdir, batches):
 
 
 def main():
-    run, flags = defaults.parse(
-        Run, ["task", "data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's"
-    )
+    run, flags = defaults.parse("eval", description=__doc__)
     defaults.required(run, "checkpoint", "workdir")
     generator.check_seeds(run.start_seed, run.end_seed)
     with dist_util.session() as device:

@@ -28,45 +28,6 @@ import dataset
 import defaults
 import generator
 import misc
-from defaults import file, setting
-
-
-@dataclass(frozen=True)
-class InceptionFile:
-    """weights of the Inception network"""
-
-    inception_weights: str | None = file(f"InceptionV3's weights; weights/{misc.WEIGHTS['inception_weights'][0]} if left out")
-    download: bool = setting(False, "fetch weights where they are published, if their files are missing")
-
-
-@dataclass(frozen=True)
-class Run(InceptionFile):
-    """scoring"""
-
-    mode: str = setting(
-        "fid", "ref: statistics of --data_name; gen: of images; fid: their scores", choices=("ref", "gen", "fid")
-    )
-    dest: str | None = file("npz file for the statistics (ref, gen)", ".npz")
-    img_folder: str | None = file("images (gen, fid): a folder or zip, or an npz with uint8 `arr_0` (N, H, W, C)")
-    checkpoint: str | None = file("instead of --img_folder, the model to draw images from, as eval.py does")
-    start_seed: int = setting(0, "with --checkpoint: first seed")
-    end_seed: int = setting(49999, "with --checkpoint: last seed, included")
-    stat_path: str | None = file("instead of --img_folder, the npz file that --mode gen made of them (fid)")
-    ref_path: str | None = file("npz file with the reference's statistics (fid)")
-    features: str = setting(
-        "auto",
-        "pixels in [0, 1], or 2,048 of FID's InceptionV3; auto: of --ref_path, else pixels for grey, inception for colour",
-        choices=("auto", "pixels", "inception"),
-    )
-    metrics: str = setting(
-        "fid",
-        "scores, with commas: fid; kid; pr (precision and recall, k = 3). The last two need --metrics in ref and gen too",
-    )
-    num: int | None = setting(None, "take so many images, drawn by --seed; with torchrun: `torchrun ... -- fid.py ... --num N`")
-    seed: int = setting(0, "of the subset")
-    force: bool = setting(False, "compare statistics that say they were made differently")
-    csv: str | None = file("file to append the scores and how the images were made to, as a row (fid)")
-
 
 # ------------------------------------------------------------------------------------------------------ features
 # A feature extractor maps uint8 images (B, C, H, W) to features (B, d), to be divided by `unit`.  `metadata` is what two
@@ -467,7 +428,7 @@ def check(run, flags):
         raise UserError(f"--metrics is {run.metrics}: it takes some of fid,kid,pr, each once, with commas and no spaces")
     sources = {"ref": (), "gen": ("img_folder", "checkpoint"), "fid": ("stat_path", "img_folder", "checkpoint")}[run.mode]
     takes = ("ref_path", "csv", "force", *sources) if run.mode == "fid" else ("dest", *sources)
-    given = [f.name for f in fields(Run) if getattr(run, f.name) != f.default] + list(flags)
+    given = [f.name for f in fields(defaults.FidRun) if getattr(run, f.name) != f.default] + list(flags)
     places = ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv", "force")
     drawing = ("start_seed", "end_seed", *(f.name for f in fields(defaults.Network) + fields(defaults.Sampling)))
     reading = [f.name for f in fields(defaults.Data) if f.name not in ("data_name", "num_workers")]
@@ -499,8 +460,7 @@ def check(run, flags):
 
 
 def main():
-    source = "the checkpoint's, or by preset"
-    run, flags = defaults.parse(Run, ["data", "network", "sampling", "speed"], description=__doc__, source=source)
+    run, flags = defaults.parse("fid", description=__doc__)
     metrics = check(run, flags)
 
     def read(path):  # features stay on the first rank, which computes the scores

@@ -7,7 +7,6 @@ python teaser.py --mode denoiser --checkpoint CKPT --num_steps 20 --trajectory
 import dist_util
 from dist_util import UserError
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,25 +15,10 @@ import dataset
 import defaults
 import generator
 import misc
-from defaults import file, setting
-
-
-@dataclass(frozen=True)
-class Run:
-    """picture"""
-
-    checkpoint: str | None = file("checkpoint to sample from")
-    dest: str | None = file("PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out", ".png")
-    start_seed: int = setting(0, "first seed; the next ones follow")
-    nsampling: int = setting(64, "images in the grid; with --trajectory, rows")
-    columns: int = setting(0, "images in a row of the grid; 0 for a square")
-    trajectory: bool = setting(False, "a row for each image: the states from noise to data, up to 11 of them")
 
 
 def main():
-    run, flags = defaults.parse(
-        Run, ["task", "data", "network", "sampling", "speed"], description=__doc__, source="the checkpoint's"
-    )
+    run, flags = defaults.parse("teaser", description=__doc__)
     defaults.required(run, "checkpoint")
     for name, least in (("nsampling", 1), ("columns", 0)):
         if not least <= getattr(run, name) <= 2**16:

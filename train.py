@@ -26,24 +26,6 @@ import misc
 import network
 import sde
 import workdir
-from defaults import file, setting
-
-
-@dataclass(frozen=True)
-class Run(fid.InceptionFile):
-    """files"""
-
-    workdir: str | None = file("folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
-    teacher: str | None = file("checkpoint of the denoiser to distil (mode characteristic)")
-    resume: str | None = file("checkpoint that a run in a new --workdir begins from")
-    fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
-    force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
-    dry_run: bool = setting(False, "say how large the run would be and how long it would take, and leave")
-    keep: int = setting(5, "checkpoints to keep in --workdir, the last ones; 0 keeps all")
-    ref_path: str | None = file("npz file with the reference's statistics (fid.py --mode ref), for --fid_freq")
-    lpips_weights: str | None = file(f"LPIPS's channel weights; weights/{misc.WEIGHTS['lpips_weights'][0]} if left out")
-    vgg_weights: str | None = file(f"the VGG16's weights, for LPIPS; weights/{misc.WEIGHTS['vgg_weights'][0]} if left out")
-
 
 # ----------------------------------------------------------------------------------------------------- objectives
 # A step's batch is split into parts, one for each round of each rank.  An objective is called with a part: images
@@ -607,7 +589,7 @@ def make_state(plan, config, images, fingerprint, device):
 
 
 def main():
-    run, flags = defaults.parse(Run, ["task", "data", "network", "train", "distil", "sampling", "speed"], description=__doc__)
+    run, flags = defaults.parse("train", description=__doc__)
     with dist_util.session() as device:
         training = Training(run, flags, device)
         if run.dry_run:

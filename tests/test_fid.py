@@ -14,6 +14,7 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+import defaults
 import fid
 import inception
 import misc
@@ -601,7 +602,7 @@ def test_a_folder_whose_name_is_not_text_has_a_row(tmp_path):
 
 def score_of(folder, reference):
     """The distance of a folder's images to the statistics in a file, as fid.py computes it."""
-    settings = fid.Run(ref_path=str(reference), img_folder=str(folder))
+    settings = defaults.FidRun(ref_path=str(reference), img_folder=str(folder))
     found = fid.read_statistics(reference)
     return fid.frechet_distance(found, fid.make_statistics(settings, {}, ["fid"], CPU, found))
 

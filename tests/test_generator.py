@@ -183,7 +183,7 @@ def test_a_setting_that_does_not_exist_is_an_error_with_the_name_meant(tmp_path)
 
 
 def prepare(folder, model, **seeds):
-    eval_script.prepare(folder, model, eval_script.Run(**{"start_seed": 0, "end_seed": 9, **seeds}))
+    eval_script.prepare(folder, model, defaults.EvalRun(**{"start_seed": 0, "end_seed": 9, **seeds}))
 
 
 def test_images_may_be_made_in_other_batches_and_more_of_them(tmp_path):
@@ -282,7 +282,7 @@ def test_a_solver_is_added_from_outside(models, tmp_path):
     record = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert record["nfe"] == 6 and record["config"]["sampling"]["ode_solver"] == "midpoint"
     job = Job(tmp_path / "unknown", *command, "--ode_solver", "midpoint", "--workdir", tmp_path / "new")
-    assert job.wait() == [2] and "--ode_solver: invalid choice: 'midpoint' (choose from" in job.err(), job.err()
+    assert job.wait() == [2] and "--ode_solver is midpoint: it must be one of euler, heun, deis, dpm" in job.err(), job.err()
 
 
 def test_images_that_are_not_finite_are_an_error_and_not_black(models, tmp_path):

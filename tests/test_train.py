@@ -408,7 +408,7 @@ def test_stage_2_learns_with_lpips(trained, weights, tmp_path, objective):
 def test_lpips_distance_maps_the_models_range_to_the_unit_interval(weights):
     import lpips
 
-    files = train.Run(lpips_weights=str(weights["piq"]), vgg_weights=str(weights["vgg"]))
+    files = defaults.TrainRun(lpips_weights=str(weights["piq"]), vgg_weights=str(weights["vgg"]))
     net = lpips.LPIPS(weights["piq"], weights["vgg"], pooling="avg")
     a, b = torch.rand(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = net(*(torch.nn.functional.interpolate(x, (224, 224), mode="bilinear") for x in (a, b)))

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import checkpoint
+import defaults
 import misc
-import train
 import workdir
 from conftest import (
     ENDLESS,
@@ -161,7 +161,7 @@ CPU = torch.device("cpu")
 
 def plan(folder=None, flags=(), **run):
     """workdir.make_plan() of a command with these settings of the script, and flags."""
-    return workdir.make_plan(train.Run(workdir=str(folder) if folder else None, **run), dict(flags), CPU)
+    return workdir.make_plan(defaults.TrainRun(workdir=str(folder) if folder else None, **run), dict(flags), CPU)
 
 
 def copy_of(models, tmp_path, name):
