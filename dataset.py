@@ -461,9 +461,9 @@ def check_record(made_by):
 
 def open_images(path):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
-    if Path(path).suffix == ".npz":
-        return load_array(path), {"source": str(path), "made_by": {}}
-    images, record, made_by = ImageFiles(path), Path(path) / "eval.json", {}
+    path, made_by = Path(path), {}
+    images = load_array(path) if path.suffix == ".npz" else ImageFiles(path)
+    record = path.with_name("eval.json") if path.name == "images.npz" else path / "eval.json"
     if record.is_file():
         try:
             made_by = json.loads(record.read_text())

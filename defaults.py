@@ -387,6 +387,7 @@ class EvalRun:
 
     checkpoint: str | None = file("checkpoint to sample from")
     workdir: str | None = file("folder for the images")
+    format: str = setting("png", "png: a file for each seed; npz: all in images.npz, as `arr_0`", choices=("png", "npz"))
     start_seed: int = setting(0, "first seed")
     end_seed: int = setting(49999, "last seed, included")
 

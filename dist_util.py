@@ -270,13 +270,13 @@ def gather(value):
 
 
 def gather_rows(mine):
-    """The rows (n, d) of all ranks on rank 0, None on the others; rank r gives the rows r, r + world_size, ...  On the CPU."""
+    """The rows (n, ...) of all ranks on rank 0, None on others; rank r gives the rows r, r + world_size, ...  On the CPU."""
     if not dist.is_initialized():
         return mine
     parts = [None] * world_size() if rank() == 0 else None
     dist.gather_object(mine, parts)
     if rank() == 0:
-        rows = torch.empty(sum(map(len, parts)), mine.shape[1])
+        rows = torch.empty(sum(map(len, parts)), *mine.shape[1:], dtype=mine.dtype)
         for r, part in enumerate(parts):
             rows[r :: world_size()] = part
         return rows

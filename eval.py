@@ -1,4 +1,4 @@
-"""Turn seeds into images: {workdir}/{seed:06d}.png, by the denoiser's ODE or by the flow map.
+"""Turn seeds into images: {workdir}/{seed:06d}.png, or one images.npz, by the denoiser's ODE or by the flow map.
 
   python eval.py --mode denoiser --checkpoint CKPT --workdir OUT --end_seed 99 --ode_solver deis --num_steps 20
   torchrun --standalone --nproc_per_node=4 eval.py --checkpoint CKPT --workdir OUT --end_seed 49999
@@ -11,7 +11,10 @@ import dist_util
 from dist_util import UserError
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 import defaults
 import generator
@@ -28,7 +31,10 @@ def prepare(workdir, trained, run):
     misc.check_folder(workdir, "workdir")
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
     misc.remove_leftovers(workdir)
-    if any(workdir.glob("*.png")) and path.exists():
+    kept, pictures = workdir / "images.npz", any(workdir.glob("*.png"))
+    if kept.exists() if run.format == "png" else pictures:
+        raise UserError(f"--workdir {workdir} holds images in the other --format: choose another folder")
+    if (pictures or kept.exists()) and path.exists():
         try:
             found = json.loads(path.read_text())
             different = ["checkpoint"] if found["sha256"] != record["sha256"] else []
@@ -41,6 +47,8 @@ def prepare(workdir, trained, run):
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
         if different:
             raise UserError(f"--workdir {workdir} holds images made with other {', '.join(different)}: choose another folder")
+        if found["end_seed"] < record["end_seed"]:
+            kept.unlink(missing_ok=True)  # all are made again
     elif workdir.exists() and any(other != path for other in workdir.iterdir()):
         raise UserError(f"--workdir {workdir} is not empty: choose another folder, so that sets of images do not mix")
     misc.write_json(path, record)
@@ -68,6 +76,46 @@ def lacking(workdir, batches):
     return found
 
 
+def make_pngs(workdir, trained, seeds):
+    """A PNG file for each seed, those that are missing; returns the folder."""
+    batches = all_batches(seeds, trained.config.sampling.eval_bsz)
+    left = dist_util.gather(dist_util.on_first_rank(lambda: lacking(workdir, batches)))[0]
+    mine = left[dist_util.rank() :: dist_util.world_size()]  # an equal share, also of what an interruption left
+    mine = [seed for number in mine for seed in batches[number]]  # which generate() cuts again: all but the last are full
+
+    def keep(seed, image):
+        if not misc.is_whole_png(image_path(workdir, seed)):
+            misc.write_png(image_path(workdir, seed), image)
+
+    def write():
+        with ThreadPoolExecutor(2) as pool:  # a batch is written while the next is computed
+            writing = []
+            for batch, images in generator.generate(trained, mine):
+                for file in writing:
+                    file.result()
+                writing = [pool.submit(keep, seed, image) for seed, image in zip(batch, images)]
+            for file in writing:
+                file.result()
+
+    dist_util.agree(write)
+    return workdir
+
+
+def make_npz(workdir, trained, seeds):
+    """{workdir}/images.npz, with uint8 `arr_0` (N, H, W, C) in the order of the seeds, if it is missing; returns its path."""
+    path = workdir / "images.npz"
+    if not dist_util.gather(path.exists())[0]:
+        mine = dist_util.agree(lambda: trained.images(seeds[dist_util.rank() :: dist_util.world_size()]))
+        images = dist_util.gather_rows(mine.permute(0, 2, 3, 1).contiguous())
+
+        def write():
+            with misc.atomic(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, images.numpy())
+
+        dist_util.on_first_rank(write)
+    return path
+
+
 def main():
     run, flags = defaults.parse("eval", description=__doc__)
     defaults.required(run, "checkpoint", "workdir")
@@ -76,20 +124,10 @@ def main():
         trained = dist_util.agree(lambda: generator.load_model(run.checkpoint, flags, device))
         workdir = Path(run.workdir)
         dist_util.on_first_rank(lambda: prepare(workdir, trained, run))
-        batches = all_batches(range(run.start_seed, run.end_seed + 1), trained.config.sampling.eval_bsz)
-        left = dist_util.gather(dist_util.on_first_rank(lambda: lacking(workdir, batches)))[0]
-        mine = left[dist_util.rank() :: dist_util.world_size()]  # an equal share, also of what an interruption left
-        mine = [seed for number in mine for seed in batches[number]]  # which generate() cuts again: all but the last are full
-
-        def write():
-            for batch, images in generator.generate(trained, mine):
-                for seed, image in zip(batch, images):
-                    if not misc.is_whole_png(image_path(workdir, seed)):
-                        misc.write_png(image_path(workdir, seed), image)
-
-        dist_util.agree(write)
+        make = make_pngs if run.format == "png" else make_npz
+        made = make(workdir, trained, range(run.start_seed, run.end_seed + 1))
         if dist_util.rank() == 0:
-            print(workdir)
+            print(made)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class Trained:
 
     def images(self, seeds):
         """uint8 images (N, C, H, W) of a sequence of seeds."""
-        return torch.cat([images for _, images in generate(self, seeds)])
+        return torch.cat(
+            [torch.empty(0, *self.mean.shape, dtype=torch.uint8), *(images for _, images in generate(self, seeds))]
+        )
 
     def states(self, seeds):
         """The states (N, C, H, W) at all times of the grid, from noise to the images, in the model's range of pixels."""

@@ -216,6 +216,27 @@ def test_more_images_are_added_to_those_that_are_there(models, tmp_path):
     assert dataset.open_images(tmp_path / "out")[1]["made_by"]["end_seed"] == 5
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_npz_holds_what_the_pngs_hold_and_is_made_once(models, tmp_path, ranks):
+    command = ["eval.py", "--checkpoint", models / "ode" / "latest.pth", "--num_steps", "2", "--eval_bsz", "2"]
+    run(*command, "--end_seed", "4", "--workdir", tmp_path / "png")
+    one_file = [*command, "--format", "npz", "--workdir", tmp_path / "npz"]
+    done = run(*one_file, "--end_seed", "4", ranks=ranks)
+    path = tmp_path / "npz" / "images.npz"
+    assert done.stdout == f"{path}\n" and {p.name for p in path.parent.iterdir()} == {"images.npz", "eval.json"}
+    images, metadata = dataset.open_images(path)
+    expected = dataset.open_images(tmp_path / "png")[0]
+    assert torch.equal(images.batch(range(5))[0], expected.batch(range(5))[0]) and metadata["made_by"]["end_seed"] == 4
+    assert np.load(path)["arr_0"].shape == (5, 8, 8, 1)
+    before = path.stat().st_mtime_ns
+    run(*one_file, "--end_seed", "4", ranks=ranks)
+    assert path.stat().st_mtime_ns == before
+    run(*one_file, "--end_seed", "5", ranks=ranks)
+    assert len(dataset.open_images(path)[0]) == 6
+    other = run(*one_file, "--end_seed", "5", "--format", "png", expect=2).stderr
+    assert "holds images in the other --format" in other
+
+
 def exhaust_memory():
     """There is room for two images, and no more."""
     real = generator.SeedNoise.__call__
