@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import struct
 import warnings
@@ -422,6 +423,35 @@ def index_batches(length, seed, start, global_bsz, bsz):
         position += bsz * dist_util.world_size()
 
 
+class Resident:
+    """A data set whose images are in memory or on a GPU, as uint8: each image of a file is decoded once."""
+
+    def __init__(self, images, device):
+        self.files, self.shape, self.labels = images, images.shape, images.labels.to(device)
+        self.pixels = torch.empty(len(images), *images.shape, dtype=torch.uint8, device=device)
+        self.there = torch.zeros(len(images), dtype=torch.bool)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices):
+        missing = [i for i in indices if not self.there[i]]
+        if missing:
+            self.pixels[missing] = self.files.batch(missing)[0].to(self.pixels.device)
+            self.there[missing] = True
+        return self.pixels[indices], self.labels[indices]
+
+
+def resident(images, device):
+    """The same images for training: on the GPU if a quarter of what is free there holds them, else in as much of the memory."""
+    size, cpu = len(images) * math.prod(images.shape), torch.device("cpu")
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 4:
+        return Resident(images, device)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Resident(images, cpu) if isinstance(images, ImageFiles) and size <= memory // 4 // ranks else images
+
+
 def batches(images, data, train, start):
     """Yield (uint8 images (bsz, C, H, W), labels (bsz,)) without end, one item a round; LoneError if one cannot be read."""
     order = index_batches(len(images), train.seed, start, train.global_bsz, train.bsz)
@@ -436,7 +466,7 @@ def read_ahead(images, order, workers, pin=False):
 
     def read(indices):
         batch = images.batch(list(indices))
-        return tuple(part.pin_memory() for part in batch) if pin else batch
+        return tuple(part.pin_memory() for part in batch) if pin and batch[0].device.type == "cpu" else batch
 
     if not workers:
         yield from map(read, order)

@@ -384,7 +384,8 @@ class Training:
         self.lately, self.since_start = Meter(train.global_bsz, self.flops), Meter(train.global_bsz, self.flops)
         if plan.start < train.train_steps:
             self.objective.begin(plan.start, plan.workdir)
-        self.data = dataset.batches(self.images, self.config.data, train, plan.start)
+        images = dataset.resident(self.images, self.generator.device)
+        self.data = dataset.batches(images, self.config.data, train, plan.start)
 
     def run(self):
         """Train until train_steps; Stopped, after a checkpoint, when a signal asks for it."""

@@ -443,6 +443,30 @@ def test_an_epoch_shows_every_image_once_and_epochs_differ():
     assert sorted(stream[:12]) == sorted(stream[12:]) == list(range(12)) and stream[:12] != stream[12:]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_of_files_are_decoded_once_where_memory_holds_them(tmp_path, monkeypatch, num_workers):
+    """The second epoch decodes nothing, and has the images that it would have had."""
+    files = dataset.ImageFiles(write_folder(tmp_path, images(10), classes=2), 8, 1)
+    config = tiny_config(bsz=4, global_bsz=4, num_workers=num_workers)
+    read, real = [], dataset.ImageFiles.read
+    monkeypatch.setattr(dataset.ImageFiles, "read", lambda self, index: read.append(index) or real(self, index))
+
+    def epochs(data):
+        drawn = dataset.batches(data, config.data, config.train, 0)
+        return [next(drawn) for _ in range(10)]
+
+    expected = epochs(files)
+    assert len(read) >= 40
+    read.clear()
+    kept = dataset.resident(files, torch.device("cpu"))
+    found = epochs(kept)
+    assert sorted(set(read)) == list(range(10)) and len(read) <= 10 + 8 * num_workers  # readers ahead may meet the same image
+    assert all(torch.equal(a, b) for one, two in zip(expected, found) for a, b in zip(one, two))
+
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else 10 * 64 * 4 - 1)
+    assert dataset.resident(files, torch.device("cpu")) is files
+
+
 def test_zip_data_is_read_whole_by_several_workers(tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for i in range(40):
