@@ -88,10 +88,10 @@ def point_to(path):
     try:
         with misc.atomic(pointer) as temporary:
             os.symlink(path.name, temporary)
-    except UserError as error:
+    except UserError:
         with suppress(OSError):
             pointer.unlink(missing_ok=True)  # the last checkpoint counts then, see latest_checkpoint()
-        misc.log(f"warning: {error}; the last checkpoint is found without it")
+        misc.log(f"warning: {pointer} cannot be made a link here: name {path.name}; to go on, none is needed")
 
 
 def remove_old(workdir, keep):

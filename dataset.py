@@ -364,6 +364,7 @@ def check_classes(images, label_dim):
         splits = {name.lower() for name in names} <= {"train", "test", "val", "valid", "validation"}
         why = f"the data has {len(names)} class{'es' * (len(names) != 1)}"
         why = "there are pictures beside the class folders" if "" in names and len(names) > 1 else why
+        why = "some classes have no images" if 0 in counts else why
         why = "these are parts of a data set, not classes" if splits else why
         if label_dim != len(names) or splits or "" in names or 0 in counts:
             raise UserError(f"--label_dim is {label_dim}, but {why}: found {shown}; --data_path names what holds the classes")

@@ -236,6 +236,8 @@ def resolve(flags, base=None):
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, 1)
             raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
+        if not fits(flags[name], SETTINGS[name].type):
+            raise UserError(f"setting {name} is {flags[name]!r}: it must be of the kind of {SETTINGS[name].default!r}")
     config, values = base or Config(), flags
     if base is None:
         values = {**preset(flags.get("data_name", Data.data_name), flags.get("mode", Task.mode)), **flags}
@@ -447,6 +449,7 @@ class CompareRun(InceptionFile):
     images: str | None = file("folder with images of eval.py in folders {mode}-{steps}, to score instead of making them again")
 
 
+MODEL_SETTINGS = {f.name for name in ("task", "data", "network", "sampling", "speed") for f in fields(SECTIONS[name])}
 OF_MODEL, THEIRS = ("task", "data", "network", "sampling", "speed"), "the checkpoint's"
 SCRIPTS = {
     # name: (its own settings, the sections whose settings it takes, where --help says that these have their defaults)

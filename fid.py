@@ -196,6 +196,7 @@ def write_statistics(dest, statistics):
 
 def read_statistics(path, features=False):
     """Statistics of a file, ours or of other tools; with `features`, UserError if it holds none."""
+    path = path if Path(path).exists() or not Path(f"{path}.npz").exists() else f"{path}.npz"
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: fid.py --mode gen --img_folder {path} --dest x.npz makes statistics of images")
     held = ""
@@ -253,6 +254,8 @@ def check_comparable(reference, dimension, metadata, force=False):
     text = "; ".join(f"{k} {theirs[k]} and {metadata[k]}" for k in names if theirs[k] != metadata[k])
     if dimension != len(reference.mu):
         text = f" ({text})" if text else ": they are of different sizes or feature spaces"
+        if theirs.get("image", [])[:1] == [1] and metadata.get("image", [])[:1] == [3]:
+            text += "; --img_folder in the place of --stat_path takes grey pictures that were saved as colour for grey ones"
         raise UserError(f"the reference has {len(reference.mu)} features and the images {dimension}{text}")
     if text and not force:
         raise UserError(f"the reference and the images do not compare: {text} (--force compares them all the same)")

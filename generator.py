@@ -66,6 +66,9 @@ def load_model(path, flags=(), device="cpu"):
     A checkpoint without configuration, as others publish, takes everything from flags and presets.
     """
     content, flags = checkpoint.read(path), {"precision": "fp32", "compile": False, **dict(flags)}  # not as it was trained
+    for name in flags:
+        if name in defaults.SETTINGS and name not in defaults.MODEL_SETTINGS:
+            raise UserError(f"{name} is a setting of training: it changes no model that is trained")
     if "config" in content:
         config = checkpoint.override(defaults.from_dict(content["config"]), flags, path)
     elif "data_name" not in flags:

@@ -594,9 +594,11 @@ def main():
     with dist_util.session() as device:
         training = Training(run, flags, device)
         if run.dry_run:
-            return training.describe()
-        training.begin(remove=run.force)
-        training.run()
+            training.describe()
+        else:
+            training.begin(remove=run.force)
+            training.run()
+        del training  # a DistributedDataParallel that outlives the process group can hang
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def find_teacher(run, flags, mode, saved, device):
         raise UserError("--teacher is missing: stage 2 needs the checkpoint of stage 1")
     if not run.teacher and not Path(path).is_file():
         raise UserError(f"the teacher of {saved.path} is no longer at {path}: say where it is with --teacher")
-    teacher = generator.load_model(path, {name: value for name, value in flags.items() if name != "mode"}, device)
+    of_model = defaults.MODEL_SETTINGS - {"mode", "compile"}
+    teacher = generator.load_model(path, {name: value for name, value in flags.items() if name in of_model}, device)
     if teacher.is_flow_map:
         raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
     digest = misc.file_hash(path)

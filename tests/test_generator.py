@@ -5,6 +5,7 @@ from dist_util import UserError
 import csv
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -177,6 +178,20 @@ def test_a_setting_that_does_not_exist_is_an_error_with_the_name_meant(tmp_path)
     for name, meant in (("num_step", "num_steps"), ("solver", "ode_solver"), ("eval_eps", "eval_eps")):
         with pytest.raises(UserError, match=f"there is no setting {name}.*{meant}"):
             generator.load_model(path, {name: 3})
+
+
+def test_a_setting_of_training_or_of_another_type_is_an_error(tmp_path):
+    path = tiny_checkpoint(tmp_path)
+    for flags, what in (
+        ({"lr": 3.0}, "lr is a setting of training"),
+        ({"grid_steps": 4}, "grid_steps is a setting of training"),
+        ({"num_steps": "20"}, "setting num_steps is '20': it must be of the kind of 20"),
+        ({"num_steps": 2.5}, "setting num_steps is 2.5"),
+        ({"churn": "x"}, "setting churn is 'x': it must be of the kind of False"),
+    ):
+        with pytest.raises(UserError, match=re.escape(what)):
+            generator.load_model(path, flags)
+    assert generator.load_model(path, {"rho": 2}).config.sampling.rho == 2
 
 
 # -------------------------------------------------------------------------------------------- sets of images that go on

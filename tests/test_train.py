@@ -381,6 +381,27 @@ def test_training_scores_itself_with_the_score_that_fid_py_gives(tmp_path):
     assert float(run("fid.py", "--ref_path", reference, *images).stdout) == pytest.approx(scores[3], rel=1e-4)
 
 
+def watch_the_group():
+    """No DistributedDataParallel may outlive the process group: its end can wait for a rank that has gone."""
+    import gc
+
+    real = torch.distributed.destroy_process_group
+
+    def destroy(*arguments):
+        gc.collect()
+        assert not any(isinstance(x, torch.nn.parallel.DistributedDataParallel) for x in gc.get_objects())
+        real(*arguments)
+
+    torch.distributed.destroy_process_group = destroy
+
+
+def test_the_model_goes_before_the_process_group_does(tmp_path):
+    job = Job(
+        tmp_path / "log", "train.py", "--workdir", tmp_path / "run", *TINY_NETWORK, *TINY_RUN, ranks=2, prepare=watch_the_group
+    )
+    assert job.wait(120) == [0, 0], job.err()
+
+
 def test_scoring_does_not_change_training(tmp_path):
     reference = tmp_path / "digits.npz"
     run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", reference)
