@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import compare
 import dataset
 import defaults
 import eval as eval_script
@@ -250,6 +251,15 @@ def test_one_npz_holds_what_the_pngs_hold_and_is_made_once(models, tmp_path, ran
     assert len(dataset.open_images(path)[0]) == 6
     other = run(*one_file, "--end_seed", "5", "--format", "png", expect=2).stderr
     assert "holds images in the other --format" in other
+
+
+def test_compare_refuses_images_of_another_precision(models, tmp_path):
+    path, folder = models / "ode" / "latest.pth", tmp_path / "denoiser-2"
+    run("eval.py", "--checkpoint", path, "--num_steps", "2", "--end_seed", "2", "--workdir", folder, "--precision", "bf16")
+    flags = {"num_steps": 2, "precision": "bf16"}
+    assert len(compare.find_images(folder, generator.load_model(path, flags).record(range(3)))) == 3
+    with pytest.raises(UserError, match="with other precision: make it again"):
+        compare.find_images(folder, generator.load_model(path, {"num_steps": 2}).record(range(3)))
 
 
 def exhaust_memory():

@@ -122,3 +122,19 @@ def test_labels_may_be_numbers_and_are_asked_for():
         model(x, t)
     with pytest.raises(ValueError, match="`label`"):
         model.net(x, t)
+
+
+@pytest.mark.parametrize("two_times", [False, True])
+def test_bf16_is_for_the_network_alone_and_stays_near_float32(two_times):
+    plain = tiny(two_times)
+    shake(plain)
+    fast, seen = plain.at("bf16"), set()
+    plain.net.dec["8x8_aux_conv"].register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1e-3, 0.2, 0.7, 0.999])
+    times = (t, t / 2) if two_times else (t,)
+    a, b = plain(x, *times), fast(x, *times)
+    assert seen == {torch.float32, torch.bfloat16} and a.dtype == b.dtype == torch.float32
+    assert 0 < (a - b).norm() < 0.02 * a.norm()
+    b.square().mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in plain.parameters() if p.grad is not None)
+    assert plain.precision == "fp32" and fast.state_dict().keys() == plain.state_dict().keys()
