@@ -316,7 +316,8 @@ class TrainingState:
             for p, s in zip(self.model.parameters(), states, strict=True):
                 shapes = {k: v.shape for k, v in s.items()}
                 finite = all(is_finite(v) and v.dtype == torch.float32 for v in s.values())
-                if not finite or shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} or s["step"] < 0:
+                fits = shapes == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} and s["step"] >= 0
+                if not finite or not fits or (s["exp_avg_sq"] < 0).any():
                     raise ValueError("values of another kind")
         except Exception as error:  # whatever another dict runs into
             raise UserError(f"{path} does not hold the optimizer of this run, or it is damaged") from error

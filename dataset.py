@@ -448,9 +448,8 @@ def resident(images, device):
     size, cpu = len(images) * math.prod(images.shape), torch.device("cpu")
     if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 4:
         return Resident(images, device)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Resident(images, cpu) if isinstance(images, ImageFiles) and size <= memory // 4 // ranks else images
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist_util.world_size()))
+    return Resident(images, cpu) if isinstance(images, ImageFiles) and size <= misc.memory() // 4 // ranks else images
 
 
 def batches(images, data, train, start):

@@ -100,6 +100,15 @@ def file_hash(path):
     return digest.hexdigest()
 
 
+def memory():
+    """Bytes of memory of this machine, or of its container where that has a limit."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # the other kind of cgroup, none, or "max"
+            found.append(int(Path(path).read_text()))
+    return min(found)
+
+
 def peak_memory():
     """The most memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -348,6 +348,9 @@ class Training:
 
     def __init__(self, run, flags, device):
         plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device))
+        precision = plan.config.speed.precision
+        if len(set(dist_util.gather(precision))) > 1:
+            raise UserError("the ranks would compute in different precisions: say one with --precision")
         if len(set(dist_util.gather((str(plan.saved and plan.saved.path), plan.start)))) > 1:
             raise UserError(f"the ranks see different runs in --workdir {plan.workdir}: put it where all machines see the same")
         defaults.choose("objective", plan.config.distil.objective, OBJECTIVES)
@@ -455,7 +458,13 @@ class Training:
         if isinstance(self.objective, Trajectory):
             lines["bank"] = f"{workdir.bank_bytes(config) / 1e9:.2f} GB in {self.folder}"
             batches = self.objective.slots + self.objective.replaced(train.train_steps) - self.objective.replaced(self.start)
-            evaluations = batches * self.rounds * distil.grid_steps
+            calls, number = [], torch.zeros(1, 1)
+            list(
+                sde.sample(
+                    sde.solver(distil.teacher_solver, lambda x, t: calls.append(t) or x), number, self.objective.ts.cpu()
+                )
+            )
+            evaluations = batches * self.rounds * len(calls)
         elif self.plan.teacher:  # semigroup: both losses in one pass, and evaluations without gradients
             lengths = self.objective.lengths
             steps = float((lengths * torch.arange(1, 1 + len(lengths))).sum() / lengths.sum())  # of the teacher, in the mean

@@ -260,7 +260,7 @@ class Bank:
         if folder:
             path, nbytes = self.record.with_suffix(".bin"), size * dtype.itemsize
             try:
-                with open(path, "ab") as file:
+                with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
                     file.truncate(nbytes)
                     if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash when it is written to
                         os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -269,9 +269,10 @@ class Bank:
                 path.unlink(missing_ok=True)
                 what, why = f"the bank of {nbytes / 2**30:.1f} GiB", getattr(error, "strerror", error)
                 raise UserError(f"cannot keep {what} in {folder}: {why}; free some space, or lower --bank_size") from error
-            with suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged: all is computed again
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged: all is computed again
                 found = json.loads(self.record.read_text())
-                self.held = dict(found["held"]) if found["about"] == json.loads(json.dumps(about)) else {}
+                held = {slot: [int(number), int(crc)] for slot, (number, crc) in found["held"].items()}
+                self.held = held if found["about"] == json.loads(json.dumps(about)) else {}
         else:
             kept = torch.empty(size, dtype=dtype)
         self.kept = kept.view(slots, *shape)

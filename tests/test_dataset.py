@@ -22,6 +22,7 @@ from PIL import Image
 import checkpoint
 import dataset
 import defaults
+import misc
 from conftest import TINY_NETWORK, TINY_RUN, images, rgb16, run, tiny_config, write_folder
 from processes import Job
 
@@ -463,7 +464,7 @@ def test_images_of_files_are_decoded_once_where_memory_holds_them(tmp_path, monk
     assert sorted(set(read)) == list(range(10)) and len(read) <= 10 + 8 * num_workers  # readers ahead may meet the same image
     assert all(torch.equal(a, b) for one, two in zip(expected, found) for a, b in zip(one, two))
 
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else 10 * 64 * 4 - 1)
+    monkeypatch.setattr(misc, "memory", lambda: 10 * 64 * 4 - 1)
     assert dataset.resident(files, torch.device("cpu")) is files
 
 

@@ -190,8 +190,10 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
         file.write(b"damage")
     damaged, made = begun(3)
     assert made == 1 and torch.equal(solutions(damaged), solutions(back))
-    (tmp_path / "bank-0.json").write_text("{")
-    assert begun(3)[1] == 3
+    record = json.loads((tmp_path / "bank-0.json").read_text())
+    for text in ("{", "[]", json.dumps({**record, "held": {"0": 5}}), json.dumps({**record, "held": {"0": []}})):
+        (tmp_path / "bank-0.json").write_text(text)
+        assert begun(3)[1] == 3
     teacher.path.write_bytes(b"another teacher")
     assert begun(3)[1] == 3
 
