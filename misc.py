@@ -119,11 +119,19 @@ def derive_seed(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+class Bar(tqdm):
+    """A tqdm that a signal may interrupt while it is being made, without a traceback when what there is of it goes."""
+
+    def __del__(self):
+        with suppress(AttributeError):
+            super().__del__()
+
+
 def progress(total, desc, unit="img", initial=0):
     """Progress bar on stderr, on rank 0 alone, with rate and time left."""
     often = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines
     options = {"disable": dist_util.rank() != 0, "mininterval": often, "dynamic_ncols": True, "file": sys.stderr}
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit == "B", **options)
+    return Bar(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit == "B", **options)
 
 
 def log(text):
