@@ -88,7 +88,7 @@ def make_pngs(workdir, trained, seeds):
             misc.write_png(image_path(workdir, seed), image)
 
     def write():
-        with ThreadPoolExecutor(2) as pool:  # a batch is written while the next is computed
+        with ThreadPoolExecutor(1) as pool:  # a batch is written while the next is computed
             writing = []
             for batch, images in generator.generate(trained, mine):
                 for file in writing:
