@@ -53,17 +53,13 @@ def build_model(config):
     return network.Denoiser(make(), sigma_data, M, config.speed.precision)
 
 
-def flops(config):
-    """Floating-point operations of the network's forward and backward pass for one image, as torch counts them."""
-    data, network = config.data, config.network
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # no memory, no time
-        net, x, t = (
-            build_model(config).net,
-            torch.empty(1, data.image_channels, data.image_size, data.image_size),
-            torch.empty(1),
-        )
-        times = [t, t] if config.task.mode == "characteristic" else [t]
-        out = net(x, *times, label=torch.empty(1, network.label_dim) if network.label_dim else None)
+def flops(net, config):
+    """Floating-point operations of a UNet's forward and backward pass for one image, as torch counts them; none is done."""
+    data, label_dim = config.data, config.network.label_dim
+    net = copy.deepcopy(net).to("meta")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x, t = torch.empty(1, data.image_channels, data.image_size, data.image_size), torch.empty(1)
+        out = net(x, t, t if net.two_times else None, torch.empty(1, label_dim) if label_dim else None)
         torch.autograd.backward(out.sum())
     return counter.get_total_flops()
 

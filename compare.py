@@ -44,16 +44,9 @@ def draw_images(models, run):
 def find_images(folder, record):
     """The images in a folder; UserError unless its eval.json says that they are made as `record` says."""
     images, metadata = dataset.open_images(folder)
-    made_by, sampling = metadata["made_by"], record["config"]["sampling"]
-    config = made_by.get("config", {})
-    found = config.get("sampling", {})
-    different = [k for k in sampling if k != "eval_bsz" and found.get(k) != sampling[k]]  # which changes no image
-    different += (
-        ["precision"] if config.get("speed", {}).get("precision", "fp32") != record["config"]["speed"]["precision"] else []
-    )
-    if made_by.get("sha256") != record["sha256"] or different:
-        names = ", ".join(different or ["weights"])
-        raise UserError(f"{folder} was made from another checkpoint or with other {names}: make it again")
+    different = generator.differences(record, metadata["made_by"])
+    if different:
+        raise UserError(f"{folder} was made with other {', '.join(different)}: make it again")
     return images
 
 

@@ -41,7 +41,9 @@ class MemoryImages:
 
     def fingerprint(self):
         """SHA-256 of images and labels."""
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
 
     def batch(self, indices):
         return self.images[indices], self.labels[indices]
@@ -393,7 +395,7 @@ def data_mean(images, centered, bsz=256, num_workers=0):
         total = torch.zeros(images.shape, dtype=torch.float64)
         with misc.progress(len(mine), "data mean") as bar:
             for batch, _ in read_ahead(images, (mine[i : i + bsz] for i in range(0, len(mine), bsz)), num_workers):
-                total += batch.double().sum(0)
+                total += batch.double().sum(0).cpu()
                 bar.update(len(batch))
         return total
 

@@ -449,8 +449,8 @@ class CompareRun(InceptionFile):
     images: str | None = file("folder with images of eval.py in folders {mode}-{steps}, to score instead of making them again")
 
 
-MODEL_SETTINGS = {f.name for name in ("task", "data", "network", "sampling", "speed") for f in fields(SECTIONS[name])}
 OF_MODEL, THEIRS = ("task", "data", "network", "sampling", "speed"), "the checkpoint's"
+MODEL_SETTINGS = {f.name for name in OF_MODEL for f in fields(SECTIONS[name])}
 SCRIPTS = {
     # name: (its own settings, the sections whose settings it takes, where --help says that these have their defaults)
     "train": (TrainRun, tuple(SECTIONS), None),

@@ -20,8 +20,6 @@ import defaults
 import generator
 import misc
 
-NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout", "compile")  # to the images, but for rounding
-
 
 def prepare(workdir, trained, run):
     """Make the folder and write eval.json; UserError if there is anything in it but images made in the same way.
@@ -31,24 +29,22 @@ def prepare(workdir, trained, run):
     misc.check_folder(workdir, "workdir")
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
     misc.remove_leftovers(workdir)
-    kept, pictures = workdir / "images.npz", any(workdir.glob("*.png"))
-    if kept.exists() if run.format == "png" else pictures:
+    array, pictures = workdir / "images.npz", any(workdir.glob("*.png"))
+    held = {name for name, there in (("png", pictures), ("npz", array.exists())) if there}
+    if held - {run.format}:
         raise UserError(f"--workdir {workdir} holds images in the other --format: choose another folder")
-    if (pictures or kept.exists()) and path.exists():
+    if held and path.exists():
         try:
             found = json.loads(path.read_text())
-            different = ["checkpoint"] if found["sha256"] != record["sha256"] else []
-            different += ["start_seed"] if found["start_seed"] != record["start_seed"] else []
+            different = ["start_seed"] if found["start_seed"] != record["start_seed"] else []
             different += [f"seeds up to end_seed {found['end_seed']}"] if found["end_seed"] > record["end_seed"] else []
-            for section, settings in record["config"].items():
-                theirs = found["config"].get(section, {})
-                different += [k for k in settings if k not in NO_MATTER and theirs.get(k, settings[k]) != settings[k]]
+            different += generator.differences(record, found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged: remove {workdir}, or choose another folder") from error
         if different:
             raise UserError(f"--workdir {workdir} holds images made with other {', '.join(different)}: choose another folder")
         if found["end_seed"] < record["end_seed"]:
-            kept.unlink(missing_ok=True)  # all are made again
+            array.unlink(missing_ok=True)  # all are made again
     elif workdir.exists() and any(other != path for other in workdir.iterdir()):
         raise UserError(f"--workdir {workdir} is not empty: choose another folder, so that sets of images do not mix")
     misc.write_json(path, record)

@@ -90,6 +90,22 @@ def load_model(path, flags=(), device="cpu"):
     return Trained(model.to(device), config, mean.to(device), content.get("step", 0), path, knows_mean)
 
 
+NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout", "compile")  # to images, but for rounding
+
+
+def differences(record, found):
+    """What of Trained.record() differs in a record that was found: "checkpoint", and settings that change the images.
+
+    Settings that the found one lacks, from an earlier version, have their defaults.
+    """
+    names = ["checkpoint"] if found.get("sha256") != record["sha256"] else []
+    usual = defaults.to_dict(defaults.Config())
+    for section, settings in record["config"].items():
+        theirs = {**usual[section], **found.get("config", {}).get(section, {})}
+        names += [name for name in settings if name not in NO_MATTER and theirs[name] != settings[name]]
+    return names
+
+
 def check_seeds(start, end):
     """UserError unless start ... end are seeds of images: torch's CPU generator tells 2^32 seeds apart, and no more."""
     if not 0 <= start <= end < min(start + 10**7, 2**32):

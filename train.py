@@ -59,6 +59,10 @@ class Objective:
     def start_step(self, step):
         """Called before each optimizer step."""
 
+    def work(self, start, end, rounds):
+        """For --dry_run: passes of bsz images, (forward and backward, without gradients), from step `start` to `end`."""
+        return (end - start) * rounds, 0
+
 
 class Denoising(Objective):
     """Stage 1."""
@@ -83,6 +87,13 @@ class Distillation(Objective):
     def teacher_step(self, label):
         """The step(x, t, s) of the teacher's ODE along one trajectory."""
         return sde.solver(self.config.distil.teacher_solver, lambda x, t: self.teacher.model(x, t, label=label))
+
+    def evaluations(self):
+        """Those of the teacher for one solution on the grid."""
+        train, distil = self.config.train, self.config.distil
+        grid = {"num_steps": distil.grid_steps, "rho": distil.grid_rho, "sde": False, "churn": False}
+        grid |= {"eval_eps0": train.train_eps0, "eval_eps1": train.train_eps1, "ode_solver": distil.teacher_solver}
+        return generator.nfe(self.teacher.config.replace("sampling", **grid))
 
     def combine(self, distance, denoising, place):
         """The scalar to differentiate, from two scalars; `denoising` is None where there is no stage-1 loss."""
@@ -152,6 +163,10 @@ class Trajectory(Distillation):
         freq = self.config.distil.bank_refresh_freq
         return step // freq if freq else 0
 
+    def work(self, start, end, rounds):
+        batches = self.slots + self.replaced(end) - self.replaced(start)
+        return (end - start) * rounds, batches * rounds * self.evaluations()
+
     @torch.no_grad()
     def fill(self, number, bar=None):
         """Put this rank's share of a batch into its place in the ring, if it is not there."""
@@ -205,6 +220,11 @@ class Semigroup(Distillation):
         distil = self.config.distil
         lengths = torch.arange(1, min(distil.teacher_steps, distil.grid_steps) + 1, dtype=torch.float64)
         self.lengths = torch.ones_like(lengths) if distil.teacher_steps_strategy == "uniform" else lengths
+
+    def work(self, start, end, rounds):
+        steps = float((self.lengths * torch.arange(1, 1 + len(self.lengths))).sum() / self.lengths.sum())  # in the mean
+        teacher = steps * self.evaluations() / (len(self.ts) - 1)
+        return 2 * (end - start) * rounds, (end - start) * rounds * (teacher + 3)
 
     def __call__(self, x0, label, generator, place=0):
         K, n = len(self.ts) - 1, len(x0)
@@ -303,15 +323,10 @@ class Meter:
 
 
 def timed(function):
-    """Seconds that a call takes: the median of three, after one that is not counted."""
-    taken = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-    return sorted(taken[1:])[1]
+    """Seconds that a call takes, the mean of three, after two that are not counted."""
+    from torch.utils.benchmark import Timer  # for --dry_run alone
+
+    return Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads()).timeit(3).mean
 
 
 class Score:
@@ -348,8 +363,7 @@ class Training:
 
     def __init__(self, run, flags, device):
         plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device))
-        precision = plan.config.speed.precision
-        if len(set(dist_util.gather(precision))) > 1:
+        if len(set(dist_util.gather(plan.config.speed.precision))) > 1:
             raise UserError("the ranks would compute in different precisions: say one with --precision")
         if len(set(dist_util.gather((str(plan.saved and plan.saved.path), plan.start)))) > 1:
             raise UserError(f"the ranks see different runs in --workdir {plan.workdir}: put it where all machines see the same")
@@ -364,15 +378,15 @@ class Training:
             shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
-        self.plan, self.images = plan, images
-        self.state = make_state(plan, config, images, fingerprint, device)
+        self.plan, self.images = plan, dataset.resident(images, device)
+        self.state = make_state(plan, config, self.images, fingerprint, device)
         self.rounds = config.train.global_bsz // (config.train.bsz * dist_util.world_size())
         self.model = dist_util.parallel(self.state.model, static=plan.teacher is None and self.rounds == 1)
         kind = OBJECTIVES[config.distil.objective] if plan.teacher else Denoising
         self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
         if plan.saved and plan.saved.ratio is not None:
             self.objective.ratio = torch.tensor(plan.saved.ratio, device=device)
-        self.generator, self.flops = torch.Generator(device), checkpoint.flops(config)
+        self.generator, self.flops = torch.Generator(device), checkpoint.flops(self.state.model.net, config)
 
     def begin(self, remove):
         """Take the folder for this run, and make the data and the objective ready; `remove` what an earlier run left there."""
@@ -387,8 +401,7 @@ class Training:
         self.lately, self.since_start = Meter(train.global_bsz, self.flops), Meter(train.global_bsz, self.flops)
         if plan.start < train.train_steps:
             self.objective.begin(plan.start, plan.workdir)
-        images = dataset.resident(self.images, self.generator.device)
-        self.data = dataset.batches(images, self.config.data, train, plan.start)
+        self.data = dataset.batches(self.images, self.config.data, train, plan.start)
 
     def run(self):
         """Train until train_steps; Stopped, after a checkpoint, when a signal asks for it."""
@@ -446,36 +459,24 @@ class Training:
 
     def describe(self):
         """Print how large the run would be and how long it would take: a few steps are timed, and nothing is kept."""
-        config, train, distil = self.config, self.config.train, self.config.distil
+        config, train, model = self.config, self.config.train, self.state.model
         x = torch.zeros(train.bsz, *self.state.mean.shape, device=self.generator.device)
         t = torch.full((len(x),), 0.5, device=x.device)
         label = dataset.one_hot(torch.zeros_like(t, dtype=torch.long), config.network.label_dim)
-        model = self.state.model
-        both = timed(lambda: model(x, t, t if self.plan.teacher else None, label).square().mean().backward())
-        rounds, evaluations = (train.train_steps - self.start) * self.rounds, 0.0
-        lines = {"parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million"}
-        lines["operations"] = f"{self.flops / 1e9:.2f} GFLOP an image, forward and backward"
-        if isinstance(self.objective, Trajectory):
-            lines["bank"] = f"{workdir.bank_bytes(config) / 1e9:.2f} GB in {self.folder}"
-            batches = self.objective.slots + self.objective.replaced(train.train_steps) - self.objective.replaced(self.start)
-            calls, number = [], torch.zeros(1, 1)
-            list(
-                sde.sample(
-                    sde.solver(distil.teacher_solver, lambda x, t: calls.append(t) or x), number, self.objective.ts.cpu()
-                )
-            )
-            evaluations = batches * self.rounds * len(calls)
-        elif self.plan.teacher:  # semigroup: both losses in one pass, and evaluations without gradients
-            lengths = self.objective.lengths
-            steps = float((lengths * torch.arange(1, 1 + len(lengths))).sum() / lengths.sum())  # of the teacher, in the mean
-            rounds, evaluations = 2 * rounds, rounds * (steps + 3)
-        seconds = rounds * both
+        passes, evaluations = self.objective.work(self.start, train.train_steps, self.rounds)
+        seconds = passes * timed(lambda: model(x, t, t if self.plan.teacher else None, label).square().mean().backward())
         if evaluations:
             with torch.no_grad():
                 seconds += evaluations * timed(lambda: self.plan.teacher.model(x, t, label=label))
-        done = (train.train_steps - self.start) * train.global_bsz
-        lines["images"] = f"{done:,} in {train.train_steps - self.start:,} steps"
-        lines["time"] = f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}"
+        steps = train.train_steps - self.start
+        lines = {
+            "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
+            "operations": f"{self.flops / 1e9:.2f} GFLOP an image, forward and backward",
+            "images": f"{steps * train.global_bsz:,} in {steps:,} steps",
+            "time": f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}",
+        }
+        if workdir.bank_bytes(config):
+            lines["bank"] = f"{workdir.bank_bytes(config) / 1e9:.2f} GB in {self.folder}"
         if dist_util.rank() == 0:
             print("\n".join(f"{name:12}{value}" for name, value in lines.items()))
 

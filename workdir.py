@@ -161,21 +161,22 @@ def find_teacher(run, flags, mode, saved, device):
 
 
 def bank_bytes(config):
-    """What the bank of stage 2 takes, over all ranks."""
+    """What the bank of stage 2 takes, over all ranks; 0 where there is none."""
     distil, data = config.distil, config.data
+    if config.task.mode == "denoiser" or distil.objective != "trajectory":
+        return 0
     states = math.ceil(distil.bank_size / config.train.global_bsz) * config.train.global_bsz * (distil.grid_steps + 1)
     values = states * data.image_channels * data.image_size**2
     return values * getattr(torch, distil.bank_dtype).itemsize
 
 
 def check_room(config, workdir):
-    """UserError unless the disk of the workdir has room for the bank, if there is to be one."""
-    if config.task.mode == "characteristic" and config.distil.objective == "trajectory":
-        place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-        room = shutil.disk_usage(place).free + sum(path.stat().st_size for path in workdir.glob("bank-*.bin"))
-        if bank_bytes(config) > room:
-            held = f"holds {bank_bytes(config) / 2**30:.1f} GiB, and {place} has room for {room / 2**30:.1f}"
-            raise UserError(f"the bank of stage 2 {held}: free some, lower --bank_size, or take --bank_dtype float16")
+    """UserError unless the disk of the workdir has room for the bank."""
+    place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    room = shutil.disk_usage(place).free + sum(path.stat().st_size for path in workdir.glob("bank-*.bin"))
+    if bank_bytes(config) > room:
+        held = f"holds {bank_bytes(config) / 2**30:.1f} GiB, and {place} has room for {room / 2**30:.1f}"
+        raise UserError(f"the bank of stage 2 {held}: free some, lower --bank_size, or take --bank_dtype float16")
 
 
 def check_data(images, plan):
@@ -238,8 +239,9 @@ def prepare(plan, config, remove, keep):
     with misc.atomic(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in before))
     if remove:
-        for path in (*checkpoint.checkpoints(folder), *folder.glob("bank-*"), folder / "latest.pth", folder / "loss.png"):
+        for path in (*checkpoint.checkpoints(folder), folder / "latest.pth", folder / "loss.png"):
             path.unlink(missing_ok=True)
+        remove_banks(folder)
         shutil.rmtree(folder / "samples", ignore_errors=True)
     if plan.in_place:  # it may have been killed before
         checkpoint.remove_old(folder, keep)
@@ -280,9 +282,11 @@ class Bank:
 
     def holds(self, slot, number):
         """Whether a slot holds this batch, as it was written."""
-        if self.held.get(str(slot), [None])[0] != number or self.held[str(slot)][1] != zlib.crc32(self.kept[slot].numpy()):
+        held, crc = self.held.get(str(slot), (None, None))
+        if held != number or crc != zlib.crc32(self.kept[slot].numpy()):
             return False
-        self.states[slot] = self.kept[slot]
+        if self.states is not self.kept:
+            self.states[slot] = self.kept[slot]
         return True
 
     @contextmanager
@@ -292,7 +296,8 @@ class Bank:
             self.note()
         yield self.states[slot]
         if self.record:
-            self.kept[slot] = self.states[slot]
+            if self.states is not self.kept:
+                self.kept[slot] = self.states[slot]
             self.held[str(slot)] = [number, zlib.crc32(self.kept[slot].numpy())]
             self.note()
 

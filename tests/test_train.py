@@ -100,7 +100,7 @@ def test_operations_are_counted_as_torch_counts_a_real_pass(mode):
     net, x, t = checkpoint.build_model(config).net, torch.zeros(1, 1, 8, 8), torch.zeros(1)
     with FlopCounterMode(display=False) as counter:
         net(x, t, *([t] if mode == "characteristic" else [])).sum().backward()
-    assert checkpoint.flops(config) == counter.get_total_flops() > 0
+    assert checkpoint.flops(net, config) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("stage_2", [(), ("--objective", "trajectory"), ("--objective", "semigroup")])
@@ -482,3 +482,15 @@ def test_an_objective_and_a_distance_are_added_from_outside(models, tmp_path, fl
     assert getattr(config.distil, flag) == name
     job = Job(tmp_path / "unknown", *command, "--workdir", tmp_path / "new")
     assert job.wait() == [2] and f"error: --{flag} is {name}: {message}" in job.err() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("deis", 4), ("heun", 6)])
+def test_a_dry_run_times_what_each_objective_computes(solver, evaluations):
+    """On 8 images a round: steps 2 to 10, of 3 rounds; an objective from outside counts its own network alone."""
+    assert train.Objective(None, None).work(2, 10, 3) == (24, 0)
+    teacher = tiny_teacher()
+    student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2, teacher_solver=solver, grid_steps=4)
+    assert objective_of(teacher, student, config).work(2, 10, 3) == (24, (2 + 4) * 3 * evaluations)
+    student, config = student_of(teacher, objective="semigroup", teacher_steps=2, teacher_solver=solver, grid_steps=4)
+    mean = (1 * 1 + 2 * 2) / 3
+    assert objective_of(teacher, student, config).work(2, 10, 3) == pytest.approx((48, 24 * (mean * evaluations / 4 + 3)))
