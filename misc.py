@@ -1,4 +1,4 @@
-"""Small things that everything else uses: files, pictures, progress, seeds of random streams, weights that others publish."""
+"""Small things that everything else uses: files, pictures, progress, speed, seeds of streams, weights that others publish."""
 
 import dist_util
 from dist_util import UserError
@@ -14,8 +14,10 @@ import sys
 import tempfile
 import urllib.request
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -112,6 +114,35 @@ def memory():
 def peak_memory():
     """The most memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass
+class Meter:
+    """Speed of the steps since it was made, on this rank."""
+
+    images: int  # of a step, over all ranks
+    flops: float  # of the network for an image; what stage 2's teacher computes is not counted
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # of these, for data
+
+    def line(self, device):
+        """What metrics.jsonl holds of it; the peak memory is that of the GPU, else of the process."""
+        rate = self.steps * self.images / self.seconds
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+        return {
+            "images_per_s": round(rate, 1),
+            "data_share": round(self.waited / self.seconds, 4),
+            "gflops_per_s": round(rate * self.flops / 1e9, 1),
+            "memory_gb": round(peak / 1e9, 2),
+        }
+
+
+def timed(function):
+    """Seconds that a call takes, the mean of three, after two that are not counted."""
+    from torch.utils.benchmark import Timer  # for --dry_run alone
+
+    return Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads()).timeit(3).mean
 
 
 def derive_seed(*parts):

@@ -13,7 +13,6 @@ import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 
@@ -300,35 +299,6 @@ def seed_round(generator, seed, step, r):
     torch.manual_seed(misc.derive_seed(seed, "dropout", step, r, dist_util.rank()))
 
 
-@dataclass
-class Meter:
-    """Speed of the steps since it was made, on this rank."""
-
-    images: int  # of a step, over all ranks
-    flops: float  # of the network for an image; what stage 2's teacher computes is not counted
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0  # of these, for data
-
-    def line(self, device):
-        """What metrics.jsonl holds of it; the peak memory is that of the GPU, else of the process."""
-        rate = self.steps * self.images / self.seconds
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else misc.peak_memory()
-        return {
-            "images_per_s": round(rate, 1),
-            "data_share": round(self.waited / self.seconds, 4),
-            "gflops_per_s": round(rate * self.flops / 1e9, 1),
-            "memory_gb": round(peak / 1e9, 2),
-        }
-
-
-def timed(function):
-    """Seconds that a call takes, the mean of three, after two that are not counted."""
-    from torch.utils.benchmark import Timer  # for --dry_run alone
-
-    return Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads()).timeit(3).mean
-
-
 class Score:
     """Fréchet distance of --fid_num images to the statistics --ref_path, in their feature space; all ranks take part."""
 
@@ -398,7 +368,7 @@ class Training:
         self.in_a_row = 0  # steps skipped since the last good one
         self.asked, self.owed = None, False  # a signal to stop, and a checkpoint: both wait for a step that is not skipped
         self.shown = {}
-        self.lately, self.since_start = Meter(train.global_bsz, self.flops), Meter(train.global_bsz, self.flops)
+        self.lately, self.since_start = misc.Meter(train.global_bsz, self.flops), misc.Meter(train.global_bsz, self.flops)
         if plan.start < train.train_steps:
             self.objective.begin(plan.start, plan.workdir)
         self.data = dataset.batches(self.images, self.config.data, train, plan.start)
@@ -464,10 +434,10 @@ class Training:
         t = torch.full((len(x),), 0.5, device=x.device)
         label = dataset.one_hot(torch.zeros_like(t, dtype=torch.long), config.network.label_dim)
         passes, evaluations = self.objective.work(self.start, train.train_steps, self.rounds)
-        seconds = passes * timed(lambda: model(x, t, t if self.plan.teacher else None, label).square().mean().backward())
+        seconds = passes * misc.timed(lambda: model(x, t, t if self.plan.teacher else None, label).square().mean().backward())
         if evaluations:
             with torch.no_grad():
-                seconds += evaluations * timed(lambda: self.plan.teacher.model(x, t, label=label))
+                seconds += evaluations * misc.timed(lambda: self.plan.teacher.model(x, t, label=label))
         steps = train.train_steps - self.start
         lines = {
             "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
@@ -517,7 +487,7 @@ class Training:
         self.note(line)
         if "loss" in line:
             self.shown["loss"] = f"{line['loss']:.4g}"
-        state.window, self.lately = checkpoint.Window(self.generator.device), Meter(train.global_bsz, self.flops)
+        state.window, self.lately = checkpoint.Window(self.generator.device), misc.Meter(train.global_bsz, self.flops)
 
     def note(self, line):
         """Add a line to metrics.jsonl, with the wall-clock time of the run, without that between a stop and going on."""
