@@ -10,7 +10,6 @@ compare-fid.csv, beside the picture; the features are those of --ref_path, pixel
 import dist_util
 from dist_util import UserError
 
-import csv
 from pathlib import Path
 
 import torch
@@ -42,27 +41,26 @@ def draw_images(models, run):
 
 
 def find_images(folder, record):
-    """The images in a folder; UserError unless its eval.json says that they are made as `record` says."""
+    """The images in a folder and how they were made; UserError unless its eval.json says that it was as `record` says."""
     images, metadata = dataset.open_images(folder)
     different = generator.differences(record, metadata["made_by"])
     if different:
         raise UserError(f"{folder} was made with other {', '.join(different)}: make it again")
-    return images
+    return images, metadata
 
 
 def score(models, run, device):
-    """The rows of the curves' table: mode, nfe, n, features, fid."""
+    """The rows of the curves' table, as fid.py --csv writes them."""
     reference, seeds, rows = fid.read_statistics(run.ref_path), range(run.end_seed + 1), []
     extract = fid.extractor(reference, models["denoiser"].mean.shape, len(seeds), device, run)
     for mode, trained in models.items():
         for steps in run.num_steps:
             model = trained.with_steps(steps)
-            images = generator.Generated(model, seeds)
+            images, made = generator.Generated(model, seeds), {"source": str(model.path), "made_by": model.record(seeds)}
             if run.images is not None:
-                images = find_images(Path(run.images) / f"{mode}-{steps}", model.record(seeds))
-            found = fid.measure(images, extract)
-            row = {"mode": mode, "nfe": generator.nfe(model.config), **{k: found.metadata[k] for k in ("n", "features")}}
-            rows.append({**row, "fid": fid.show(fid.frechet_distance(reference, found))})
+                images, made = find_images(Path(run.images) / f"{mode}-{steps}", made["made_by"])
+            found = fid.measure(images, extract, made)
+            rows.append(fid.table_row({"fid": fid.frechet_distance(reference, found)}, found.metadata, run.ref_path))
     if len({row["n"] for row in rows}) > 1:
         raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
     return rows
@@ -71,13 +69,10 @@ def score(models, run, device):
 def draw_curves(rows, run):
     """The FID of both models against evaluations: a picture and a CSV file."""
     stem = Path(run.dest).with_suffix("")
-    with misc.atomic(f"{stem}-fid.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    fid.write_table(f"{stem}-fid.csv", rows)
     figure, (ax,) = misc.new_figure(1, 5, 3.5)
     for mode, title in TITLES.items():
-        nfe, scores = zip(*((row["nfe"], float(row["fid"])) for row in rows if row["mode"] == mode))
+        nfe, scores = zip(*((row["nfe"], float(row["FID"])) for row in rows if row["mode"] == mode))
         ax.plot(nfe, scores, "o-", label=title)
     kind = "pixel FID" if rows[0]["features"] == "pixels" else "FID"
     ax.set(xlabel="network evaluations", ylabel=f"{kind}, {rows[0]['n']} images", xscale="log", yscale="log")

@@ -50,7 +50,7 @@ class Data:
     image_size: int = setting(64, "pixels of a side (free for afhq and folder, which are cropped and resized)", (1, 4096))
     image_channels: int = setting(3, "1 for grey, 3 for colour (free for folder alone)", choices=(1, 3))
     centered: bool = setting(True, "pixels scaled to [-1, 1] instead of [0, 1]")
-    num_workers: int = setting(0, "threads that read images ahead, per rank; 0 reads them when they are needed", (0, 1024))
+    num_workers: int = setting(0, "threads that read images ahead, per rank; 0: read when needed (fid.py: 2)", (0, 1024))
     class_names: tuple[str, ...] = setting((), "the classes found in the data, in the order of their numbers", flag=False)
     class_counts: tuple[int, ...] = setting((), "how many images each of them has", flag=False)
 

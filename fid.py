@@ -375,8 +375,8 @@ def read_table(path):
     return text if text.endswith("\n") or not text else text + "\n"
 
 
-def append_row(path, values, metadata, ref_path, forced):
-    """One line of `path`, with a header if it is new; hashes are SHA-256, and what is unknown stays empty."""
+def table_row(values, metadata, ref_path, forced=False):
+    """A row of a table of scores, by COLUMNS; hashes are SHA-256, and what is unknown is left out."""
     made_by, subset = metadata.get("made_by", {}), metadata.get("subset", {})
     mode, data, sampling = (made_by.get("config", {}).get(name, {}) for name in ("task", "data", "sampling"))
     solver = "sde" if sampling.get("sde") else sampling.get("ode_solver")
@@ -388,13 +388,17 @@ def append_row(path, values, metadata, ref_path, forced):
     row |= {"subset_of": subset.get("of"), "subset_seed": subset.get("seed"), "forced": forced or None}
     row |= {"image": "x".join(map(str, metadata.get("image", []))), "ref_path": ref_path, "reference": misc.file_hash(ref_path)}
     row |= {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
-    old = read_table(path)
+    return row
+
+
+def write_table(path, rows, before=""):
+    """Write rows of table_row() to `path`, with a header, or after the text `before` of read_table()."""
     with misc.atomic(path) as temporary, open(temporary, "w", newline="", errors="backslashreplace") as file:
-        file.write(old)
+        file.write(before)
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not old:
+        if not before:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
 def open_source(run, flags, device):
@@ -420,7 +424,8 @@ def make_statistics(run, flags, metrics, device, reference=None):
         source = dataset.Grey(source)  # many tools write grey images as RGB
     n = run.num or len(source)  # what does not compare is refused before the work, not after it
     extract = extractor(reference, source.shape, n, device, run, run.features, run.force)
-    workers = defaults.resolve({k: flags[k] for k in ("data_name", "num_workers") if k in flags}).data.num_workers
+    asked = {name: flags[name] for name in ("data_name", "num_workers") if name in flags}
+    workers = defaults.resolve({"num_workers": 2, **asked}).data.num_workers  # they decode beside the features
     return measure(source, extract, made, run.num, run.seed, metrics != ["fid"], workers)
 
 
@@ -493,7 +498,8 @@ def report(run, metrics, reference, images, device):
     values = score(reference, images, metrics, device)
     print("\n".join(show(value) if len(values) == 1 else f"{name} {show(value)}" for name, value in values.items()), flush=True)
     if run.csv:
-        append_row(run.csv, values, images.metadata, run.ref_path, run.force)
+        row = table_row(values, images.metadata, run.ref_path, run.force)
+        write_table(run.csv, [row], read_table(run.csv))
     if "kid" in values:  # four decimals are few for it
         misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 

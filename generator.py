@@ -85,9 +85,10 @@ def load_model(path, flags=(), device="cpu"):
         misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
     mean = content.get("mean", torch.zeros(data.image_channels, data.image_size, data.image_size))
     checkpoint.check_mean(mean, config, path)
+    model = model.to(device)
     if config.speed.compile:
-        model.net.compile(dynamic=False)
-    return Trained(model.to(device), config, mean.to(device), content.get("step", 0), path, knows_mean)
+        network.compile_in_place(model.net)
+    return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
 
 
 NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout", "compile")  # to images, but for rounding

@@ -565,7 +565,7 @@ def make_state(plan, config, images, fingerprint, device):
         misc.log(f"continuing {plan.saved.path} at step {plan.start} of {config.train.train_steps}")
     if config.speed.compile:  # in place, after the average was copied from it
         for net in (model.net, *([teacher.model.net] if teacher else [])):
-            net.compile(dynamic=False)
+            network.compile_in_place(net)
     return state
 
 

@@ -1,24 +1,22 @@
-"""Images a second of a stage-1 step against the plain path: eager, float32, standard layout.
+"""Images a second of a stage-1 step against the plain path.
 
-Each way does the same step (forward, backward, clipping, RAdam, moving average) on noise, in turns; the table has the medians,
-and the ratio to the plain path in the same run.  --compile adds compiled steps, and a minute or two for each.
+The plain path is eager float32 with torch's dropout, and memory that is given back to the system: what a script does that
+takes no care.  The way "fp32" is ours in the same precision.  Each way does the same step (forward, backward, clipping,
+RAdam, moving average) on noise, in a process of its own, in turns.  The table has the medians of the rates, and of the ratios
+to the plain path in a turn.  --compile adds compiled steps, and a minute or two for each.
 """
 
 import argparse
-import platform
 import statistics
-import sys
-import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import timing
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import checkpoint  # noqa: E402
-import defaults  # noqa: E402
-import sde  # noqa: E402
+import checkpoint
+import defaults
+import network
+import sde
 
 SMALL = {"model_channels": 16, "channel_mult": (1, 2, 4), "num_blocks": 2, "attn_resolutions": ()}
 NETWORKS = {  # name: (flags, images a step)
@@ -29,13 +27,15 @@ NETWORKS = {  # name: (flags, images a step)
 }
 
 
-def stepper(flags, bsz, precision, compiled, device):
+def stepper(flags, bsz, precision, compiled, plain):
     """A function that does one step and waits for it."""
-    config = defaults.resolve({**flags, "precision": precision})
+    if plain:
+        network.dropout = F.dropout
+    device, config = timing.DEVICE, defaults.resolve({**flags, "precision": precision})
     model = checkpoint.build_model(config).to(device).train()
     state = checkpoint.TrainingState(model, config, torch.zeros(1, device=device))
     if compiled:
-        model.net.compile(dynamic=False)
+        network.compile_in_place(model.net)
     data = config.data
     x = torch.randn(bsz, data.image_channels, data.image_size, data.image_size, device=device)
     t = torch.linspace(0.01, 0.99, bsz, device=device)
@@ -59,25 +59,22 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="of each way, in turns (default: 5)")
     parser.add_argument("--compile", action="store_true", help="compiled steps too")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, medians of {options.repeats}\n")
-    print("| network | way | images/s | against eager float32 |\n|---|---|---|---|", flush=True)
-    ways = [("fp32", False), ("bf16", False)] + [("fp32", True), ("bf16", True)] * options.compile
+    print(f"{timing.machine()}, medians of {options.repeats}\n")
+    print("| network, images a step | way | images/s | against the plain path |\n|---|---|---|---|", flush=True)
+    ways = {"plain": ("fp32", False), "fp32": ("fp32", False), "bf16": ("bf16", False)}
+    if options.compile:
+        ways |= {"fp32, compiled": ("fp32", True), "bf16, compiled": ("bf16", True)}
     for name in options.networks:
         flags, bsz = NETWORKS[name]
-        steps = {way: stepper(flags, bsz, *way, device) for way in ways}
-        taken = {way: [] for way in ways}
-        for turn in tqdm(range(options.repeats + 1), desc=name, leave=False):
-            for way, step in steps.items():
-                begun = time.perf_counter()
-                step()
-                if turn:  # the first one warms up, and compiles
-                    taken[way].append(time.perf_counter() - begun)
-        medians = {way: statistics.median(seconds) for way, seconds in taken.items()}
-        for (precision, compiled), seconds in medians.items():
-            ratio = medians[ways[0]] / seconds
-            print(f"| {name} | {precision}{', compiled' * compiled} | {bsz / seconds:.1f} | {ratio:.2f} |", flush=True)
+        steps = {}
+        for way, how in ways.items():
+            plain = way == "plain"
+            steps[way] = timing.Process(stepper, flags, bsz, *how, plain, keep_memory=not plain)
+        taken = timing.in_turns(steps, options.repeats, name)
+        for way, seconds in taken.items():
+            steps[way].close()
+            rate, times = bsz / statistics.median(seconds), timing.ratio(taken, "plain", way)
+            print(f"| {name}, {bsz} | {way} | {rate:.1f} | {times:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -424,5 +424,13 @@ def test_permission_denied_is_one_line(command, ranks, tmp_path, record_property
     record_property("bad inputs tried, on 1 and on 2 ranks", ranks == 2)
 
 
+def test_compiling_without_a_compiler_is_one_line(tmp_path, monkeypatch, record_property):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    job = Job(tmp_path / "log", *RUN.split(), "--compile", "--workdir", tmp_path / "run")
+    refused(job, "error: --compile failed: install a C++ compiler", 1)
+    record_property("bad inputs tried, on 1 and on 2 ranks", 1)
+
+
 def test_the_table_is_long_enough():
     assert len(CASES) >= 60

@@ -108,7 +108,7 @@ def test_compare_draws_both_models_and_their_curves(trained, tmp_path):
         (mode, n, "20") for mode in ("denoiser", "characteristic") for n in ("1", "2")
     ]
     for a, b in zip(*tables):
-        assert float(a["fid"]) == pytest.approx(float(b["fid"]), abs=2e-3)
+        assert float(a["FID"]) == pytest.approx(float(b["FID"]), abs=2e-3)
     for name in ("a.png", "a-fid.png", "b.png", "b-fid.png"):
         Image.open(tmp_path / name).verify()
     done = run(

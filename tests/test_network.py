@@ -1,6 +1,7 @@
 """The network against values and names of the established implementations, and the denoiser's identities."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -138,3 +139,37 @@ def test_bf16_is_for_the_network_alone_and_stays_near_float32(two_times):
     b.square().mean().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in plain.parameters() if p.grad is not None)
     assert plain.precision == "fp32" and fast.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_dropout_zeroes_its_share_keeps_the_mean_and_is_seeded():
+    x = torch.ones(4, 3, 101, 7, requires_grad=True)  # of a size that four does not divide
+    torch.manual_seed(0)
+    y = network.dropout(x, 0.3)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+    assert abs((y == 0).float().mean() - 0.3) < 0.02 and network.dropout(x, 0) is x
+    for part in (y[0], y[-1], y.flatten()[::4], y.flatten()[3::4]):  # all bits of a random number are random
+        assert abs((part == 0).float().mean() - 0.3) < 0.04
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    torch.manual_seed(0)
+    assert torch.equal(network.dropout(x, 0.3), y)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_network_computes_the_same_and_keeps_its_names():
+    small = {"channel_mult": (1,), "attn_resolutions": ()}  # compiling takes half a minute
+    plain, compiled = tiny(two_times=True, **small), tiny(two_times=True, **small)
+    shake(plain)
+    compiled.load_state_dict(plain.state_dict())
+    network.compile_in_place(compiled.net)
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1e-3, 0.2, 0.7, 0.999])
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
+        images, gradients = [], []
+        for model in (plain, compiled):
+            images.append(model.at(precision)(x, t, t / 2))
+            images[-1].square().mean().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            model.zero_grad()
+        for a, b in (images, gradients):
+            assert (a - b).norm() < tolerance * a.norm(), precision
+    assert compiled.state_dict().keys() == plain.state_dict().keys()

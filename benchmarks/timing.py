@@ -1,0 +1,82 @@
+"""What the benchmarks share: ways to do the same thing, timed in turns, so that a noisy machine is noisy to all of them."""
+
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dist_util  # noqa: E402
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine():
+    """What a table was measured on, in a line."""
+    where = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    return f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads"
+
+
+class Process:
+    """make(*arguments) in a process of its own, as a function of no arguments, which returns the seconds that a call took.
+
+    Ways that are timed in turns do not share memory, caches of kernels or settings then.  The plain path is one without
+    `keep_memory`, see dist_util.py.
+    """
+
+    def __init__(self, make, *arguments, keep_memory=True):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=self.work, args=(other, make, arguments, keep_memory), daemon=True)
+        self.process.start()
+
+    @staticmethod
+    def work(pipe, make, arguments, keep_memory):
+        if keep_memory and DEVICE.type == "cpu":
+            dist_util.keep_memory()
+        function = make(*arguments)
+        while pipe.recv():
+            begun = time.perf_counter()
+            function()
+            pipe.send(time.perf_counter() - begun)
+
+    def __call__(self):
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def close(self):
+        self.pipe.send(False)
+        self.process.join()
+
+
+def timed(function):
+    def call():
+        begun = time.perf_counter()
+        function()
+        return time.perf_counter() - begun
+
+    return call
+
+
+def in_turns(ways, repeats, desc):
+    """{name: function that returns seconds} -> {name: [seconds of each turn]}, without the two first turns, which warm up."""
+    taken = {name: [] for name in ways}
+    with tqdm(total=(repeats + 2) * len(ways), desc=desc, leave=False) as bar:
+        for turn in range(repeats + 2):
+            for name, function in ways.items():
+                seconds = function()
+                if turn > 1:
+                    taken[name].append(seconds)
+                bar.update()
+    return taken
+
+
+def ratio(taken, plain, way):
+    """How many times as fast a way is as the plain one: the median over the turns of the ratio in a turn."""
+    return statistics.median(a / b for a, b in zip(taken[plain], taken[way]))
