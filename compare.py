@@ -91,8 +91,11 @@ def main():
     if not 1 <= run.nsampling <= 1000 or run.end_seed < 1:
         raise UserError("--nsampling is from 1 to 1000, and --end_seed at least 1")
     generator.check_seeds(0, run.end_seed)
+    if run.images and not run.ref_path:
+        raise UserError("--images is for the curves: add --ref_path, or leave it out")
+    misc.check_writable(run.dest)
     stem = Path(run.dest).with_suffix("")
-    for path in (run.dest, *((f"{stem}-fid.png", f"{stem}-fid.csv") if run.ref_path else ())):
+    for path in (f"{stem}-fid.png", f"{stem}-fid.csv") if run.ref_path else ():
         misc.check_writable(path)
     with dist_util.session() as device:
         if dist_util.world_size() > 1:

@@ -495,6 +495,8 @@ def check_record(made_by):
 def open_images(path):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     path, made_by = Path(path), {}
+    if (path / "images.npz").exists():  # of eval.py --format npz
+        path /= "images.npz"
     images = load_array(path) if path.suffix == ".npz" else ImageFiles(path)
     record = path.with_name("eval.json") if path.name == "images.npz" else path / "eval.json"
     if record.is_file():
@@ -502,7 +504,7 @@ def open_images(path):
             made_by = json.loads(record.read_text())
             expected = made_by["end_seed"] - made_by["start_seed"] + 1
             check_record(made_by)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{record} is damaged: make the images again, or remove it") from error
         if len(images) != expected:
             held = f"{path} holds {len(images)} of the {expected} images that its eval.json speaks of"

@@ -30,7 +30,7 @@ def prepare(workdir, trained, run):
     record, path = trained.record(range(run.start_seed, run.end_seed + 1)), workdir / "eval.json"
     misc.remove_leftovers(workdir)
     array, pictures = workdir / "images.npz", any(workdir.glob("*.png"))
-    held = {name for name, there in (("png", pictures), ("npz", array.exists())) if there}
+    held = {name for name, there in (("png", pictures), ("npz", array.is_file())) if there}
     if held - {run.format}:
         raise UserError(f"--workdir {workdir} holds images in the other --format: choose another folder")
     if held and path.exists():
@@ -100,7 +100,7 @@ def make_pngs(workdir, trained, seeds):
 def make_npz(workdir, trained, seeds):
     """{workdir}/images.npz, with uint8 `arr_0` (N, H, W, C) in the order of the seeds, if it is missing; returns its path."""
     path = workdir / "images.npz"
-    if not dist_util.gather(path.exists())[0]:
+    if not dist_util.gather(path.is_file())[0]:
         mine = dist_util.agree(lambda: trained.images(seeds[dist_util.rank() :: dist_util.world_size()]))
         images = dist_util.gather_rows(mine.permute(0, 2, 3, 1).contiguous())
 

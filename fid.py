@@ -274,8 +274,10 @@ def frechet_distance(a, b):
 
     The trace of the root is the sum of the roots of the eigenvalues of sigma1 sigma2.  With sigma1 = P L L^T P^T, the Cholesky
     decomposition with pivots, which singular matrices have too, they are those of the symmetric L^T P^T sigma2 P L.  Values
-    within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.
+    within rounding of zero count as zero, since the root of 1e-16 would be 1e-8.  UserError where their sizes differ.
     """
+    if len(a.mu) != len(b.mu):
+        raise UserError(f"statistics of {len(a.mu)} and of {len(b.mu)} features do not compare")
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(a.sigma, lower=1)
     half, order = np.tril(factor)[:, :rank], pivots - 1
     values = scipy.linalg.eigvalsh(half.T @ b.sigma[np.ix_(order, order)] @ half)

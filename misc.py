@@ -77,6 +77,8 @@ def check_writable(path, advice="name another file"):
             raise UserError(f"cannot write {path}: it is a folder; {advice}")
         place = next(parent for parent in path.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=place).close()
+        with suppress(FileNotFoundError, NotADirectoryError):  # a name may be too long, with what atomic() adds
+            os.stat(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     except OSError as error:  # also a folder that may not be entered, a name that is too long
         raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); {advice}") from error
 

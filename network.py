@@ -91,7 +91,7 @@ def dropout(x, p):
         return F.dropout(x, p)
     bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= least - 2**15
-    return x * kept.to(x.dtype).div_(1 - p)
+    return x * kept.to(x.dtype).div_(1 - least / 2**16)
 
 
 def group_norm(channels):

@@ -30,6 +30,7 @@ def main():
             raise UserError("teaser.py draws one picture: run it with python, not with torchrun")
         trained = generator.load_model(run.checkpoint, flags, device)
         dest = Path(run.dest or Path(run.checkpoint).parent / f"teaser-{trained.config.task.mode}.png")
+        misc.check_writable(dest)
         if run.trajectory:
             states = [dataset.to_uint8(x, trained.config.data.centered) for x in generator.solve(trained, seeds)]
             shown = torch.linspace(0, len(states) - 1, min(len(states), 11)).round().long().tolist()

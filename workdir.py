@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import time
 import zlib
@@ -62,6 +63,8 @@ def make_plan(run, flags, device):
         raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
     workdir = choose_folder(run, flags)
     held = None if begins_anew(run, workdir) else load_last(workdir)
+    if not held and not run.fresh and (workdir / "metrics.jsonl").exists():
+        misc.log(f"{workdir} holds metrics but no checkpoint: the run begins anew there")
     named = load_named(run, workdir, held)
     saved = held or named
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
@@ -268,10 +271,11 @@ class Bank:
                         os.posix_fallocate(file.fileno(), 0, nbytes)
                 kept = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
             except (OSError, RuntimeError) as error:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
                 what, why = f"the bank of {nbytes / 2**30:.1f} GiB", getattr(error, "strerror", error)
                 raise UserError(f"cannot keep {what} in {folder}: {why}; free some space, or lower --bank_size") from error
-            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or damaged: all is computed again
+            with suppress(Exception):  # there is none, or it is damaged: all is computed again
                 found = json.loads(self.record.read_text())
                 held = {slot: [int(number), int(crc)] for slot, (number, crc) in found["held"].items()}
                 self.held = held if found["about"] == json.loads(json.dumps(about)) else {}
@@ -310,7 +314,8 @@ class Bank:
 
 def remove_banks(folder):
     for path in folder.glob("bank-*"):
-        path.unlink(missing_ok=True)
+        if re.fullmatch(r"bank-\d+\.(bin|json)", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def read_metrics(workdir):

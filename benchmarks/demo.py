@@ -2,7 +2,7 @@
 
 Trains the denoiser, distils it, samples both with 1, 2, 5, 10 and 20 steps, scores and draws.  Prints each command before
 running it, and at the end the pixel FID table, the time and memory spent, and where the pictures are.  Starts afresh each
-time.  Flags that are not below go to both train.py commands: --seed 1, --precision fp32, --compile.
+time.
 """
 
 import argparse
@@ -15,28 +15,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dist_util import UserError  # noqa: E402
-
-import defaults  # noqa: E402
-
 STEPS = (1, 2, 5, 10, 20)
 END_SEED = 1799  # 1,800 images against the 1,797 digits
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="logs/demo", help="folder under logs/ for everything, emptied first")
     parser.add_argument("--objective", default="trajectory", choices=("trajectory", "semigroup"), help="of stage 2")
     parser.add_argument("--train_steps", type=int, help="of stage 2 (default: by preset)")
-    options, shared = parser.parse_known_args()
-    try:
-        defaults.parse("train", shared)
-    except UserError as error:
-        parser.error(f"{error}")
+    parser.add_argument("--seed", type=int, default=0, help="of the training runs (default: 0)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the training runs (default: by processor)")
+    parser.add_argument("--compile", action="store_true", help="compile the network for training")
+    options = parser.parse_args()
+    if options.seed < 0 or options.train_steps is not None and options.train_steps < 1:
+        parser.error("--seed is 0 or more, and --train_steps 1 or more")
     work, begun, spent = options.workdir, time.perf_counter(), []
     if (ROOT / "logs").resolve() not in (ROOT / work).resolve().parents:
         parser.error(f"--workdir {work} is emptied first, so it must be a folder under logs/")
@@ -52,6 +45,8 @@ def main():
         print(done.stdout.strip(), flush=True)
         return done.stdout.splitlines()[-1]
 
+    shared = ["--seed", options.seed, *(["--precision", options.precision] if options.precision else [])]
+    shared += ["--compile"] if options.compile else []
     longer = ("--train_steps", options.train_steps) if options.train_steps else ()
     checkpoints = {}
     checkpoints["denoiser"] = run(

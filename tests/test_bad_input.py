@@ -263,6 +263,10 @@ CASES = [
     (put("file", "text"), "fid.py --mode ref --dest file/x.npz", "cannot write file/x.npz"),
     (nothing, "teaser.py --data_name bogus", "invalid choice: 'bogus'"),
     (nothing, "compare.py --denoiser nowhere.pth", "--characteristic is missing"),
+    (nothing, "compare.py --denoiser a.pth --characteristic b.pth --dest ./", "cannot write .: it is a folder"),
+    (nothing, "compare.py --denoiser a.pth --characteristic b.pth --dest new/", "cannot write new: it is a folder"),
+    (nothing, "compare.py --denoiser a.pth --characteristic b.pth --images here", "--images is for the curves"),
+    (nothing, "fid.py --mode ref --dest " + "a" * 250, "File name too long"),
     (copy("ode", "flow"), "compare.py --denoiser ode/latest.pth --characteristic flow/latest.pth --dest out --ref_path no.npz "
      "--end_seed 4294967296", "each below 2^32"),
 

@@ -240,7 +240,7 @@ def test_one_npz_holds_what_the_pngs_hold_and_is_made_once(models, tmp_path, ran
     done = run(*one_file, "--end_seed", "4", ranks=ranks)
     path = tmp_path / "npz" / "images.npz"
     assert done.stdout == f"{path}\n" and {p.name for p in path.parent.iterdir()} == {"images.npz", "eval.json"}
-    images, metadata = dataset.open_images(path)
+    images, metadata = dataset.open_images(path.parent)
     expected = dataset.open_images(tmp_path / "png")[0]
     assert torch.equal(images.batch(range(5))[0], expected.batch(range(5))[0]) and metadata["made_by"]["end_seed"] == 4
     assert np.load(path)["arr_0"].shape == (5, 8, 8, 1)
@@ -257,7 +257,7 @@ def test_compare_refuses_images_of_another_precision(models, tmp_path):
     path, folder = models / "ode" / "latest.pth", tmp_path / "denoiser-2"
     run("eval.py", "--checkpoint", path, "--num_steps", "2", "--end_seed", "2", "--workdir", folder, "--precision", "bf16")
     flags = {"num_steps": 2, "precision": "bf16"}
-    assert len(compare.find_images(folder, generator.load_model(path, flags).record(range(3)))) == 3
+    assert len(compare.find_images(folder, generator.load_model(path, flags).record(range(3)))[0]) == 3
     with pytest.raises(UserError, match="with other precision: make it again"):
         compare.find_images(folder, generator.load_model(path, {"num_steps": 2}).record(range(3)))
 

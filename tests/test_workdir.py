@@ -335,3 +335,18 @@ def test_a_lonely_pointer_that_is_a_file_is_not_overwritten(models, tmp_path):
     (tmp_path / "run" / "latest.pth").write_bytes((models / "ode" / "latest.pth").read_bytes())
     with pytest.raises(UserError, match="latest.pth is no link to a checkpoint"):
         plan(tmp_path / "run", {})
+
+
+def test_the_bank_is_computed_again_where_its_record_is_damaged_and_takes_nobodys_files(tmp_path):
+    shape, cpu = (2, 3), torch.device("cpu")
+    for content in ('{"about": {}, "held": {"0": [Infinity, 1]}}', "[" * 100000, "[]", "no JSON"):
+        (tmp_path / "bank-0.json").write_text(content)
+        bank = workdir.Bank(tmp_path, {}, 2, shape, torch.float32, cpu)
+        assert not bank.holds(0, 0)
+    (tmp_path / "bank-notes.txt").write_text("mine")
+    (tmp_path / "bank-1.bin").mkdir()
+    workdir.remove_banks(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bank-1.bin", "bank-notes.txt"]
+    (tmp_path / "bank-0.bin").mkdir()
+    with pytest.raises(UserError, match="cannot keep the bank"):
+        workdir.Bank(tmp_path, {}, 2, shape, torch.float32, cpu)
