@@ -495,7 +495,7 @@ def check_record(made_by):
 def open_images(path):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     path, made_by = Path(path), {}
-    if (path / "images.npz").exists():  # of eval.py --format npz
+    if os.path.exists(path / "images.npz"):  # of eval.py --format npz; False where one may not look
         path /= "images.npz"
     images = load_array(path) if path.suffix == ".npz" else ImageFiles(path)
     record = path.with_name("eval.json") if path.name == "images.npz" else path / "eval.json"
