@@ -66,10 +66,16 @@ def score(models, run, device, num_workers):
     return rows
 
 
-def draw_curves(rows, run):
-    """The FID of both models against evaluations: a picture and a CSV file."""
+def curve_files(run):
+    """The picture and the table of the curves."""
     stem = Path(run.dest).with_suffix("")
-    fid.write_table(f"{stem}-fid.csv", rows)
+    return f"{stem}-fid.png", f"{stem}-fid.csv"
+
+
+def draw_curves(rows, run):
+    """The FID of both models against evaluations, in curve_files()."""
+    picture, table = curve_files(run)
+    fid.write_table(table, rows)
     figure, (ax,) = misc.new_figure(1, 5, 3.5)
     for mode, title in TITLES.items():
         nfe, scores = zip(*((row["nfe"], float(row["FID"])) for row in rows if row["mode"] == mode))
@@ -79,8 +85,7 @@ def draw_curves(rows, run):
     ax.set_xticks(nfe, nfe)
     ax.minorticks_off()
     ax.legend()
-    misc.write_figure(f"{stem}-fid.png", figure)
-    return [f"{stem}-fid.png", f"{stem}-fid.csv"]
+    misc.write_figure(picture, figure)
 
 
 def main():
@@ -94,8 +99,7 @@ def main():
     if run.images and not run.ref_path:
         raise UserError("--images is for the curves: add --ref_path, or leave it out")
     misc.check_writable(run.dest)
-    stem = Path(run.dest).with_suffix("")
-    for path in (f"{stem}-fid.png", f"{stem}-fid.csv") if run.ref_path else ():
+    for path in curve_files(run) if run.ref_path else ():
         misc.check_writable(path)
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
@@ -108,9 +112,11 @@ def main():
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
         if models["denoiser"].mean.shape != models["characteristic"].mean.shape:
             raise UserError("the two checkpoints make images of different shapes")
-        rows = score(models, run, device, flags.get("num_workers", 2)) if run.ref_path else []
+        rows = score(models, run, device, flags.get("num_workers", fid.WORKERS)) if run.ref_path else []
         draw_images(models, run)
-        print("\n".join([run.dest, *(draw_curves(rows, run) if rows else [])]))
+        if rows:
+            draw_curves(rows, run)
+        print("\n".join([run.dest, *(curve_files(run) if rows else [])]))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,15 @@ def launch(main):
     os._exit(status)
 
 
+def _refuse(error, speaks):
+    """The exit status of a command that is refused, once the rank that speaks has said why."""
+    if speaks:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
+    return 2
+
+
 def _run(main):
     """The exit status of main()."""
     several = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -230,11 +239,7 @@ def _run(main):
         main()
         print(end="", flush=True)
     except UserError as error:
-        if speaks or isinstance(error, LoneError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
-        return 2
+        return _refuse(error, speaks or isinstance(error, LoneError))
     except Stopped as stopped:
         if speaks:
             print(f"stopped by {signal.Signals(stopped.number).name}{stopped.note}", file=sys.stderr)
@@ -250,11 +255,7 @@ def _run(main):
             return 2
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             advice = "it needs a C++ compiler and Python's headers, on a GPU Triton; or leave it out"
-            if speaks:
-                print(f"error: --compile failed: {advice} ({text[:300]})", file=sys.stderr)
-            else:
-                time.sleep(2)  # as above
-            return 2
+            return _refuse(f"--compile failed: {advice} ({text[:300]})", speaks)
         if not several or not is_loss_of_a_rank(error):
             raise
         print(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text})", file=sys.stderr)

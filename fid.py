@@ -122,6 +122,7 @@ class Statistics:
     features: torch.Tensor | None = None  # (n, d) float32, for KID, precision and recall; on rank 0 alone
 
 
+WORKERS = 2  # threads of the scripts that decode beside the features
 BATCH = 256  # images at a time; 256 * 255^2 < 2^24, so that float32 adds up as many products of bytes without rounding
 
 
@@ -435,8 +436,7 @@ def make_statistics(run, flags, metrics, device, reference=None):
         source = dataset.Grey(source)  # many tools write grey images as RGB
     n = run.num or len(source)  # what does not compare is refused before the work, not after it
     extract = extractor(reference, source.shape, n, device, run, run.features, run.force)
-    asked = {name: flags[name] for name in ("data_name", "num_workers") if name in flags}
-    workers = defaults.resolve({"num_workers": 2, **asked}).data.num_workers  # they decode beside the features
+    workers = defaults.resolve({"num_workers": flags.get("num_workers", WORKERS)}).data.num_workers
     return measure(source, extract, made, run.num, run.seed, metrics != ["fid"], workers)
 
 

@@ -21,14 +21,19 @@ import torch
 from tqdm import tqdm
 
 
+def temporary_path(path):
+    """Where atomic() writes what will be `path`; remove_leftovers() knows it by its form."""
+    folder, name = os.path.split(path)
+    return Path(folder, f".{name}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def atomic(path, sync=True):
     """A temporary path beside `path` to write to, renamed to it on success and removed on failure, but for a kill.
 
     Whoever looks sees the whole file or none; with `sync`, even after a power cut.  UserError when the disk refuses.
     """
-    folder, name = os.path.split(path)
-    temporary = Path(folder, f".{name}.{os.getpid()}.tmp")
+    temporary, folder = temporary_path(path), os.path.dirname(path)
     try:
         if not os.path.isdir(folder or "."):
             os.makedirs(folder, exist_ok=True)
@@ -78,7 +83,7 @@ def check_writable(path, advice="name another file"):
         place = next(parent for parent in path.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=place).close()
         with suppress(FileNotFoundError, NotADirectoryError):  # a name may be too long, with what atomic() adds
-            os.stat(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+            os.stat(temporary_path(path))
     except OSError as error:  # also a folder that may not be entered, a name that is too long
         raise UserError(f"cannot write {path}: {place} is not writable ({error.strerror}); {advice}") from error
 

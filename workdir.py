@@ -176,7 +176,7 @@ def bank_bytes(config):
 def check_room(config, workdir):
     """UserError unless the disk of the workdir has room for the bank."""
     place = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    room = shutil.disk_usage(place).free + sum(path.stat().st_size for path in workdir.glob("bank-*.bin"))
+    room = shutil.disk_usage(place).free + sum(path.stat().st_size for path in bank_files(workdir))
     if bank_bytes(config) > room:
         held = f"holds {bank_bytes(config) / 2**30:.1f} GiB, and {place} has room for {room / 2**30:.1f}"
         raise UserError(f"the bank of stage 2 {held}: free some, lower --bank_size, or take --bank_dtype float16")
@@ -312,10 +312,13 @@ class Bank:
             raise LoneError(str(error)) from error
 
 
+def bank_files(folder):
+    return [path for path in folder.glob("bank-*") if re.fullmatch(r"bank-\d+\.(bin|json)", path.name) and path.is_file()]
+
+
 def remove_banks(folder):
-    for path in folder.glob("bank-*"):
-        if re.fullmatch(r"bank-\d+\.(bin|json)", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    for path in bank_files(folder):
+        path.unlink(missing_ok=True)
 
 
 def read_metrics(workdir):

@@ -13,7 +13,6 @@ import statistics
 
 import timing
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import defaults
@@ -31,10 +30,8 @@ def settings(name, objective, precision):
     return defaults.resolve({**flags, "mode": "characteristic", "objective": objective}), defaults.resolve(flags)
 
 
-def worker(name, objective, precision, compiled, plain, what):
+def worker(name, objective, precision, compiled, what):
     """A function that does a "step", or a "renewal" of one batch of the bank, and waits for it."""
-    if plain:
-        network.dropout = F.dropout
     device, (config, of_teacher) = timing.DEVICE, settings(name, objective, precision)
     config = config.replace("distil", bank_size=config.train.global_bsz)
     shape = (config.data.image_channels, config.data.image_size, config.data.image_size)
@@ -50,28 +47,22 @@ def worker(name, objective, precision, compiled, plain, what):
     objective.begin(0)
     x0, numbers = torch.randn(config.train.bsz, *shape, device=device), itertools.count()
 
-    def step():
-        state.optim.zero_grad(set_to_none=True)
-        draws = torch.Generator(device).manual_seed(next(numbers))
-        objective(x0, None, draws)[0].backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        state.optim.step()
-        state.ema.update(model, 0)
-        return norm.item()
+    def loss():
+        return objective(x0, None, torch.Generator(device).manual_seed(next(numbers)))[0]
 
     def renewal():
         objective.fill(next(numbers))
         return objective.bank.states.sum().item()
 
-    return {"step": step, "renewal": renewal}[what]
+    return timing.training_step(state, loss) if what == "step" else renewal
 
 
 def measure(ways, name, what, repeats):
     """{way: [seconds]} of the ways {(objective, title): (precision, compiled)}."""
-    running = {}
-    for (objective, title), how in ways.items():
-        plain = title == "plain"
-        running[objective, title] = timing.Process(worker, name, objective, *how, plain, what, keep_memory=not plain)
+    running = {
+        (objective, title): timing.Process(worker, name, objective, *how, what, plain=title == "plain")
+        for (objective, title), how in ways.items()
+    }
     taken = timing.in_turns(running, repeats, f"{name}, {what}")
     for process in running.values():
         process.close()

@@ -14,6 +14,8 @@ import dist_util  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import network  # noqa: E402
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -26,25 +28,25 @@ def machine():
 class Process:
     """make(*arguments) in a process of its own, as a function of no arguments, which returns the seconds that a call took.
 
-    Ways that are timed in turns do not share memory, caches of kernels or settings then.  The plain path is one without
-    `keep_memory`, see dist_util.py.
+    Ways that are timed in turns do not share memory, caches of kernels or settings then.  A `plain` one has torch's dropout,
+    and gives memory back to the system.
     """
 
-    def __init__(self, make, *arguments, keep_memory=True):
+    def __init__(self, make, *arguments, plain=False):
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=self.work, args=(other, make, arguments, keep_memory), daemon=True)
+        self.process = context.Process(target=self.work, args=(other, make, arguments, plain), daemon=True)
         self.process.start()
 
     @staticmethod
-    def work(pipe, make, arguments, keep_memory):
-        if keep_memory and DEVICE.type == "cpu":
+    def work(pipe, make, arguments, plain):
+        if plain:
+            network.dropout = torch.nn.functional.dropout
+        elif DEVICE.type == "cpu":
             dist_util.keep_memory()
-        function = make(*arguments)
+        call = timed(make(*arguments))
         while pipe.recv():
-            begun = time.perf_counter()
-            function()
-            pipe.send(time.perf_counter() - begun)
+            pipe.send(call())
 
     def __call__(self):
         self.pipe.send(True)
@@ -56,12 +58,28 @@ class Process:
 
 
 def timed(function):
+    """The same function, but it returns the seconds that it took."""
+
     def call():
         begun = time.perf_counter()
         function()
         return time.perf_counter() - begun
 
     return call
+
+
+def training_step(state, loss):
+    """A function that does a step of train.py on a TrainingState, loss() being what it differentiates, and waits for it."""
+
+    def step():
+        state.optim.zero_grad(set_to_none=True)
+        loss().backward()
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+        state.optim.step()
+        state.ema.update(state.model, 0)
+        return norm.item()
+
+    return step
 
 
 def in_turns(ways, repeats, desc):

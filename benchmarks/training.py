@@ -11,7 +11,6 @@ import statistics
 
 import timing
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import defaults
@@ -27,10 +26,8 @@ NETWORKS = {  # name: (flags, images a step)
 }
 
 
-def stepper(flags, bsz, precision, compiled, plain):
+def stepper(flags, bsz, precision, compiled):
     """A function that does one step and waits for it."""
-    if plain:
-        network.dropout = F.dropout
     device, config = timing.DEVICE, defaults.resolve({**flags, "precision": precision})
     model = checkpoint.build_model(config).to(device).train()
     state = checkpoint.TrainingState(model, config, torch.zeros(1, device=device))
@@ -39,16 +36,7 @@ def stepper(flags, bsz, precision, compiled, plain):
     data = config.data
     x = torch.randn(bsz, data.image_channels, data.image_size, data.image_size, device=device)
     t = torch.linspace(0.01, 0.99, bsz, device=device)
-
-    def step():
-        state.optim.zero_grad(set_to_none=True)
-        sde.denoising_loss(model(x, t), x, t, config.network.sigma_data).mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        state.optim.step()
-        state.ema.update(model, 0)
-        return norm.item()
-
-    return step
+    return timing.training_step(state, lambda: sde.denoising_loss(model(x, t), x, t, config.network.sigma_data).mean())
 
 
 def main():
@@ -66,10 +54,7 @@ def main():
         ways |= {"fp32, compiled": ("fp32", True), "bf16, compiled": ("bf16", True)}
     for name in options.networks:
         flags, bsz = NETWORKS[name]
-        steps = {}
-        for way, how in ways.items():
-            plain = way == "plain"
-            steps[way] = timing.Process(stepper, flags, bsz, *how, plain, keep_memory=not plain)
+        steps = {way: timing.Process(stepper, flags, bsz, *how, plain=way == "plain") for way, how in ways.items()}
         taken = timing.in_turns(steps, options.repeats, name)
         for way, seconds in taken.items():
             steps[way].close()
