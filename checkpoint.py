@@ -53,11 +53,11 @@ def build_model(config):
     return network.Denoiser(make(), sigma_data, M, config.speed.precision)
 
 
-def flops(net, config):
-    """Floating-point operations of a UNet's forward and backward pass for one image, as torch counts them; none is done."""
+def flops(config):
+    """Floating-point operations of the network, forward and backward, for one image, as torch counts them; none is done."""
     data, label_dim = config.data, config.network.label_dim
-    net = copy.deepcopy(net).to("meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = build_model(config).net
         x, t = torch.empty(1, data.image_channels, data.image_size, data.image_size), torch.empty(1)
         out = net(x, t, t if net.two_times else None, torch.empty(1, label_dim) if label_dim else None)
         torch.autograd.backward(out.sum())

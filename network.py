@@ -216,16 +216,20 @@ class UNet(nn.Module):
                 if last == "affine_s":  # a fresh s-branch changes nothing
                     nn.init.zeros_(module.weight)
 
-    @property
-    def last_layer(self):
-        """Weight of the output convolution, where `adaptive_weight` compares gradients."""
-        return list(self.dec.values())[-1].weight
-
     def forward(self, x, noise, noise_s=None, label=None):
         """(B, C, H, W) images, (B,) times in network units, labels -> (B, C, H, W).
 
         Labels are class numbers (B,) or one-hot (B, label_dim); ValueError where a network with classes gets none.
         """
+        return self.output(self.features(x, noise, noise_s, label))
+
+    @property
+    def output(self):
+        """The output convolution, where `adaptive_weight` compares gradients."""
+        return list(self.dec.values())[-1]
+
+    def features(self, x, noise, noise_s=None, label=None):
+        """What the output convolution gets."""
         class_emb = 0.0  # joins the embedding of each time
         if self.map_label is not None:
             classes = self.map_label.in_features
@@ -250,14 +254,12 @@ class UNet(nn.Module):
             else:
                 x = layer(x, emb, emb_s) if isinstance(layer, UNetBlock) else layer(x)
                 skips.append(x)
-        for layer in self.dec.values():
-            if not isinstance(layer, UNetBlock):
-                x = layer(F.silu(x)) if isinstance(layer, nn.Conv2d) else layer(x)
-            else:
-                if x.shape[1] != layer.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = layer(x, emb, emb_s)
-        return x
+        *blocks, norm, _ = self.dec.values()
+        for block in blocks:
+            if x.shape[1] != block.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, emb, emb_s)
+        return F.silu(norm(x))
 
 
 class Denoiser(nn.Module):
@@ -292,8 +294,12 @@ class Denoiser(nn.Module):
 
 
 def compile_in_place(net):
-    """Compile a UNet, whose state dict keeps its names.  On a CPU, dropout keeps torch's generator: inductor's is slower."""
-    net.compile(dynamic=False, options={"fallback_random": next(net.parameters()).device.type == "cpu"})
+    """Compile a UNet but for its output convolution: gradients there alone would take a whole backward pass of compiled code.
+
+    Its state dict keeps its names.  On a CPU, dropout keeps torch's generator: inductor's is slower.
+    """
+    options = {"fallback_random": next(net.parameters()).device.type == "cpu"}
+    net.features = torch.compile(net.features, dynamic=False, options=options)
 
 
 def fastest_precision(device):

@@ -110,7 +110,7 @@ class Distillation(Objective):
 
         With several rounds that of the step before, `ratio`; in the very first step that of the rounds so far.
         """
-        last, train = getattr(self.model, "module", self.model).net.last_layer, self.config.train
+        last, train = getattr(self.model, "module", self.model).net.output.weight, self.config.train
         gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (distance, denoising)]
         gradients = [dist_util.sum_over_ranks(gradient) for gradient in gradients]
         a_round = train.bsz * dist_util.world_size()
@@ -357,7 +357,7 @@ class Training:
         if plan.saved and plan.saved.ratio is not None:
             self.objective.ratio = torch.tensor(plan.saved.ratio, device=device)
         passes = self.objective.work(0, 1, self.rounds)[0] / self.rounds  # of an image: two for semigroup
-        self.generator, self.flops = torch.Generator(device), passes * checkpoint.flops(self.state.model.net, config)
+        self.generator, self.flops = torch.Generator(device), passes * checkpoint.flops(config)
 
     def begin(self, remove):
         """Take the folder for this run, and make the data and the objective ready; `remove` what an earlier run left there."""

@@ -55,12 +55,12 @@ SHORT_STAGE_2 = ["train.py", "--mode", "characteristic", "--train_steps", "4", "
 SHORT_STAGE_2 += ["--sampling_freq", "0", "--num_steps", "2", "--bank_size", "4"]
 
 
-def launch(*command, ranks=None, expect=0):
+def launch(*command, ranks=None, expect=0, gpu=False):
     """A script as users start it, with python or with torchrun; subprocess.CompletedProcess with text output."""
     launcher = [sys.executable]
     if ranks is not None:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})}
     command = [str(part) for part in command]
     done = subprocess.run(launcher + command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == expect, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
