@@ -3,7 +3,8 @@
 The plain path is eager float32 with torch's dropout, and memory that is given back to the system: what a script does that
 takes no care.  The way "fp32" is ours in the same precision.  Each way does the same step (forward, backward, clipping,
 RAdam, moving average) on noise, in a process of its own, in turns.  The table has the medians of the rates, and of the ratios
-to the plain path in a turn.  --compile adds compiled steps, and a minute or two for each.
+to the plain path in a turn.  The last column is the operations of the network, of those that this machine does in a product
+of bf16 matrices.  A compiled way takes a minute or two before its first step.
 """
 
 import argparse
@@ -23,6 +24,13 @@ NETWORKS = {  # name: (flags, images a step)
     "MNIST, 0.98M parameters": ({"data_name": "mnist", **SMALL}, 64),
     "mnist preset": ({"data_name": "mnist"}, 64),
     "cifar preset": ({"data_name": "cifar"}, 32),
+}
+WAYS = {  # name: (precision, compiled)
+    "plain": ("fp32", False),
+    "fp32": ("fp32", False),
+    "bf16": ("bf16", False),
+    "fp32, compiled": ("fp32", True),
+    "bf16, compiled": ("bf16", True),
 }
 
 
@@ -45,21 +53,24 @@ def main():
         "--networks", nargs="+", default=list(NETWORKS)[:3], choices=NETWORKS, help="which (default: all but cifar)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="of each way, in turns (default: 5)")
-    parser.add_argument("--compile", action="store_true", help="compiled steps too")
+    parser.add_argument("--bsz", type=int, help="images a step (default: 128 for the digits, 64 for MNIST, 32 for cifar)")
+    parser.add_argument("--ways", nargs="+", default=["fp32", "bf16"], choices=WAYS, help="beside the plain one")
     options = parser.parse_args()
-    print(f"{timing.machine()}, medians of {options.repeats}\n")
-    print("| network, images a step | way | images/s | against the plain path |\n|---|---|---|---|", flush=True)
-    ways = {"plain": ("fp32", False), "fp32": ("fp32", False), "bf16": ("bf16", False)}
-    if options.compile:
-        ways |= {"fp32, compiled": ("fp32", True), "bf16, compiled": ("bf16", True)}
+    most = timing.matrix_rate()
+    print(f"{timing.machine()}, bf16 matrices {most / 1e12:.3g} TFLOP/s, medians of {options.repeats}\n")
+    columns = ("network, images a step", "way", "images/s", "against the plain path", "TFLOP/s", "of bf16 matrices")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    ways = {way: how for way, how in WAYS.items() if way == "plain" or way in options.ways}
     for name in options.networks:
         flags, bsz = NETWORKS[name]
+        bsz, flops = options.bsz or bsz, checkpoint.flops(defaults.resolve(flags))
         steps = {way: timing.Process(stepper, flags, bsz, *how, plain=way == "plain") for way, how in ways.items()}
         taken = timing.in_turns(steps, options.repeats, name)
         for way, seconds in taken.items():
             steps[way].close()
             rate, times = bsz / statistics.median(seconds), timing.ratio(taken, "plain", way)
-            print(f"| {name}, {bsz} | {way} | {rate:.1f} | {times:.2f} |", flush=True)
+            line = f"| {name}, {bsz} | {way} | {rate:.1f} | {times:.2f}"
+            print(f"{line} | {rate * flops / 1e12:.3g} | {100 * rate * flops / most:.0f} % |", flush=True)
 
 
 if __name__ == "__main__":
