@@ -65,8 +65,8 @@ class ResampleConv(nn.Conv2d):
         channels, size = x.shape[1], self.resample_filter.shape[-1]
         if size == 2 and self.direction == "down":  # two equal taps: the same numbers, from faster kernels
             return F.avg_pool2d(x, 2)
-        if size == 2:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+        if size == 2:  # not F.interpolate, whose compiled backward pass adds one number at a time
+            return x[..., :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
         kernel = self.resample_filter.to(x.dtype).expand(channels, 1, size, size)
         if self.direction == "down":
             return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
@@ -296,9 +296,11 @@ class Denoiser(nn.Module):
 def compile_in_place(net):
     """Compile a UNet but for its output convolution: gradients there alone would take a whole backward pass of compiled code.
 
-    Its state dict keeps its names.  On a CPU, dropout keeps torch's generator: inductor's is slower.
+    Its state dict keeps its names.  On a CPU, dropout keeps torch's generator: inductor's is slower.  On a GPU, inductor would
+    keep the standard layout of a U-Net, and cuDNN change it before and after each convolution.
     """
-    options = {"fallback_random": next(net.parameters()).device.type == "cpu"}
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    options = {"fallback_random": on_cpu, "force_layout_optimization": not on_cpu}
     net.features = torch.compile(net.features, dynamic=False, options=options)
 
 
