@@ -41,7 +41,7 @@ def draw_images(models, run):
 
 
 def find_images(folder, record):
-    """The images in a folder and how they were made; UserError unless its eval.json says that it was as `record` says."""
+    """The images in a folder and how they were made; UserError unless its eval.json agrees with `record`."""
     images, metadata = dataset.open_images(folder)
     different = generator.differences(record, metadata["made_by"])
     if different:
@@ -49,7 +49,7 @@ def find_images(folder, record):
     return images, metadata
 
 
-def score(models, run, device):
+def score(models, run, device, num_workers):
     """The rows of the curves' table, as fid.py --csv writes them."""
     reference, seeds, rows = fid.read_statistics(run.ref_path), range(run.end_seed + 1), []
     extract = fid.extractor(reference, models["denoiser"].mean.shape, len(seeds), device, run)
@@ -59,7 +59,7 @@ def score(models, run, device):
             images, made = generator.Generated(model, seeds), {"source": str(model.path), "made_by": model.record(seeds)}
             if run.images is not None:
                 images, made = find_images(Path(run.images) / f"{mode}-{steps}", made["made_by"])
-            found = fid.measure(images, extract, made)
+            found = fid.measure(images, extract, made, num_workers=num_workers)
             rows.append(fid.table_row({"fid": fid.frechet_distance(reference, found)}, found.metadata, run.ref_path))
     if len({row["n"] for row in rows}) > 1:
         raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
@@ -91,6 +91,9 @@ def main():
     if not 1 <= run.nsampling <= 1000 or run.end_seed < 1:
         raise UserError("--nsampling is from 1 to 1000, and --end_seed at least 1")
     generator.check_seeds(0, run.end_seed)
+    stem = Path(run.dest).with_suffix("")
+    for path in (run.dest, *((f"{stem}-fid.png", f"{stem}-fid.csv") if run.ref_path else ())):
+        misc.check_writable(path)
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
             raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")
@@ -102,7 +105,7 @@ def main():
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
         if models["denoiser"].mean.shape != models["characteristic"].mean.shape:
             raise UserError("the two checkpoints make images of different shapes")
-        rows = score(models, run, device) if run.ref_path else []
+        rows = score(models, run, device, flags.get("num_workers", 2)) if run.ref_path else []
         draw_images(models, run)
         print("\n".join([run.dest, *(draw_curves(rows, run) if rows else [])]))
 

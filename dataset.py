@@ -432,7 +432,7 @@ class Resident:
     def __init__(self, images, device):
         self.files, self.shape, self.labels = images, images.shape, images.labels.to(device)
         self.pixels = torch.empty(len(images), *images.shape, dtype=torch.uint8, device=device)
-        self.there = torch.zeros(len(images), dtype=torch.bool)
+        self.there = bytearray(len(images))
 
     def __len__(self):
         return len(self.labels)
@@ -441,7 +441,8 @@ class Resident:
         missing = [i for i in indices if not self.there[i]]
         if missing:
             self.pixels[missing] = self.files.batch(missing)[0].to(self.pixels.device)
-            self.there[missing] = True
+            for i in missing:
+                self.there[i] = True
         return self.pixels[indices], self.labels[indices]
 
 
@@ -477,7 +478,7 @@ def read_ahead(images, order, workers, pin=False):
     try:
         for indices in order:
             waiting.append(pool.submit(read, indices))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

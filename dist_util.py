@@ -106,14 +106,14 @@ def session():
 
 
 def keep_memory():
-    """Let the process keep freed memory for the next tensors.
+    """Let the process keep freed memory for the next tensors, until it ends.
 
     By default glibc gives large blocks back, and the system fills each page with zeros when they are needed again.  That took
-    40 % of the time of a forward pass on a CPU: docs/speed.md.
+    40 % of the time of a forward pass on a CPU: benchmarks/README.md.
     """
     with suppress(OSError, AttributeError):  # another C library
         c = ctypes.CDLL(None)
-        c.mallopt(-4, 0)  # M_MMAP_MAX: no block lives outside the heap
+        c.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are part of the heap, too
         c.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
@@ -249,8 +249,11 @@ def _run(main):
             print(f"error: out of memory on rank {rank()}: {advice} ({text})", file=sys.stderr)
             return 2
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            advice = "install a C++ compiler and Python's headers, or leave it out"
-            print(f"error: --compile failed: {advice} ({text[:300]})", file=sys.stderr)
+            advice = "it needs a C++ compiler and Python's headers, on a GPU Triton; or leave it out"
+            if speaks:
+                print(f"error: --compile failed: {advice} ({text[:300]})", file=sys.stderr)
+            else:
+                time.sleep(2)  # as above
             return 2
         if not several or not is_loss_of_a_rank(error):
             raise

@@ -194,9 +194,14 @@ def write_statistics(dest, statistics):
         np.savez(file, **arrays)
 
 
+def find(path):
+    """The file that a path means: stats/x is stats/x.npz where there is none of that name."""
+    return path if Path(path).exists() or not Path(f"{path}.npz").exists() else f"{path}.npz"
+
+
 def read_statistics(path, features=False):
     """Statistics of a file, ours or of other tools; with `features`, UserError if it holds none."""
-    path = path if Path(path).exists() or not Path(f"{path}.npz").exists() else f"{path}.npz"
+    path = find(path)
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: fid.py --mode gen --img_folder {path} --dest x.npz makes statistics of images")
     held = ""
@@ -386,7 +391,11 @@ def table_row(values, metadata, ref_path, forced=False):
     row |= {"eps0": sampling.get("eval_eps0"), "eps1": sampling.get("eval_eps1"), "dataset": data.get("data_name")}
     row |= {"mode": mode.get("mode"), "solver": "flow map" if mode.get("mode") == "characteristic" else solver}
     row |= {"subset_of": subset.get("of"), "subset_seed": subset.get("seed"), "forced": forced or None}
-    row |= {"image": "x".join(map(str, metadata.get("image", []))), "ref_path": ref_path, "reference": misc.file_hash(ref_path)}
+    row |= {
+        "image": "x".join(map(str, metadata.get("image", []))),
+        "ref_path": ref_path,
+        "reference": misc.file_hash(find(ref_path)),
+    }
     row |= {"FID" if name == "fid" else name: show(value, 4 if name == "fid" else 7) for name, value in values.items()}
     return row
 

@@ -70,9 +70,10 @@ def remove_leftovers(folder, name=None):
 
 def check_writable(path, advice="name another file"):
     """UserError if it is plain that a file `path` cannot be written: before the work that makes its content, not after."""
-    path = place = Path(path)
+    folder, path = str(path).endswith("/"), Path(path)
+    place = path
     try:
-        if path.is_dir():
+        if path.is_dir() or folder:
             raise UserError(f"cannot write {path}: it is a folder; {advice}")
         place = next(parent for parent in path.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=place).close()
@@ -173,11 +174,11 @@ def log(text):
 def write_png(path, image, sync=False):
     """PNG file of a uint8 tensor (C, H, W), C = 1 or 3: atomic, but without `sync` it does not wait for the disk.
 
-    Compressed at zlib's level 1; not at all where it fits into a block of the disk, 4,096 bytes, which it takes in any case.
+    Small images are not compressed: a file takes a block of 4,096 bytes anyway.  Others are, at zlib's level 1.
     """
     from torchvision.io import encode_png  # slow to import, and most runs draw nothing
 
-    encoded = encode_png(image, compression_level=int(image.numel() > 4000))
+    encoded = encode_png(image, compression_level=int(image.numel() + image.shape[1] > 4000))
     with atomic(path, sync) as temporary, open(temporary, "wb") as file:
         file.write(encoded.numpy())
 

@@ -86,10 +86,11 @@ def dropout(x, p):
 
     Drawing its mask takes F.dropout a fifth of a step on a CPU.  Here four elements share a random number of 64 bits.
     """
-    if not p or x.device.type != "cpu":
+    least = round(p * 2**16)
+    if not 0 < least < 2**16 or x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= least - 2**15
     return x * kept.to(x.dtype).div_(1 - p)
 
 
@@ -293,7 +294,7 @@ class Denoiser(nn.Module):
 
 
 def compile_in_place(net):
-    """Compile a UNet, whose state dict keeps its names; what is compiled draws torch's own random numbers on a CPU: faster."""
+    """Compile a UNet, whose state dict keeps its names.  On a CPU, dropout keeps torch's generator: inductor's is slower."""
     net.compile(dynamic=False, options={"fallback_random": next(net.parameters()).device.type == "cpu"})
 
 

@@ -348,7 +348,7 @@ class Training:
             shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
-        self.plan, self.images = plan, dataset.resident(images, device)
+        self.plan, self.images = plan, dist_util.agree(lambda: dataset.resident(images, device))
         self.state = make_state(plan, config, self.images, fingerprint, device)
         self.rounds = config.train.global_bsz // (config.train.bsz * dist_util.world_size())
         self.model = dist_util.parallel(self.state.model, static=plan.teacher is None and self.rounds == 1)
@@ -356,7 +356,8 @@ class Training:
         self.objective = kind(self.model, config, plan.teacher, distance, self.state.ema.module)
         if plan.saved and plan.saved.ratio is not None:
             self.objective.ratio = torch.tensor(plan.saved.ratio, device=device)
-        self.generator, self.flops = torch.Generator(device), checkpoint.flops(self.state.model.net, config)
+        passes = self.objective.work(0, 1, self.rounds)[0] / self.rounds  # of an image: two for semigroup
+        self.generator, self.flops = torch.Generator(device), passes * checkpoint.flops(self.state.model.net, config)
 
     def begin(self, remove):
         """Take the folder for this run, and make the data and the objective ready; `remove` what an earlier run left there."""

@@ -15,16 +15,28 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dist_util import UserError  # noqa: E402
+
+import defaults  # noqa: E402
+
 STEPS = (1, 2, 5, 10, 20)
 END_SEED = 1799  # 1,800 images against the 1,797 digits
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--workdir", default="logs/demo", help="folder under logs/ for everything, emptied first")
     parser.add_argument("--objective", default="trajectory", choices=("trajectory", "semigroup"), help="of stage 2")
     parser.add_argument("--train_steps", type=int, help="of stage 2 (default: by preset)")
     options, shared = parser.parse_known_args()
+    try:
+        defaults.parse("train", shared)
+    except UserError as error:
+        parser.error(f"{error}")
     work, begun, spent = options.workdir, time.perf_counter(), []
     if (ROOT / "logs").resolve() not in (ROOT / work).resolve().parents:
         parser.error(f"--workdir {work} is emptied first, so it must be a folder under logs/")

@@ -2,8 +2,9 @@
 
 Each way does the same step of train.py (the objective, backward, clipping, RAdam, moving average) on noise, in a process of
 its own, in turns.  The network is untrained, which changes no time.  A step of `trajectory` carries its share of the bank's
-renewal, a batch of new solutions every --bank_refresh_freq steps.  The last column is the time to fill the bank once.  The
-plain path is `semigroup` in eager float32 with torch's dropout, and memory that is given back to the system.
+renewal, a batch of new solutions every --bank_refresh_freq steps.  The last column is the time to fill the bank once, in
+memory.  The plain path is `semigroup` in eager float32 with torch's dropout, and memory that is given back to the system.
+Compiled, `semigroup` still computes its moving average without.
 """
 
 import argparse

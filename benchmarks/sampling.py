@@ -3,8 +3,6 @@
 The images are those of the MNIST flow map in checkpoints/, in one evaluation each.  All ways take turns.
 """
 
-import dist_util
-
 import argparse
 import shutil
 import statistics
@@ -29,13 +27,13 @@ def table(title, taken, plain):
 
 
 def in_folders(function, place):
-    """The function of an empty folder in `place`, which is removed afterwards, as one without arguments."""
+    """The function of an empty folder in `place`, which is removed afterwards, as one that returns the seconds it took."""
 
-    @timing.timed
     def call():
         folder = Path(tempfile.mkdtemp(dir=place))
-        function(folder)
+        seconds = timing.timed(lambda: function(folder))()
         shutil.rmtree(folder)
+        return seconds
 
     return call
 
@@ -47,7 +45,7 @@ def main():
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where files are written (default: %(default)s)")
     options = parser.parse_args()
     seeds = range(options.num)
-    with dist_util.session() as device:
+    with timing.dist_util.session() as device:
         print(f"{timing.machine()}, {options.num} images of 28x28 in {options.folder}, medians of {options.repeats}")
         trained = generator.load_model(CHECKPOINT, {"num_steps": 1}, device)
         images = trained.images(seeds)

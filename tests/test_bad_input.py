@@ -428,7 +428,7 @@ def test_compiling_without_a_compiler_is_one_line(tmp_path, monkeypatch, record_
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     job = Job(tmp_path / "log", *RUN.split(), "--compile", "--workdir", tmp_path / "run")
-    refused(job, "error: --compile failed: install a C++ compiler", 1)
+    refused(job, "error: --compile failed: it needs a C++ compiler", 1)
     record_property("bad inputs tried, on 1 and on 2 ranks", 1)
 
 

@@ -583,7 +583,8 @@ def test_a_row_begins_on_a_line_of_its_own(tmp_path):
     """Also where somebody's editor took the last newline away."""
     (tmp_path / "a.npz").touch()
     for _ in range(3):
-        fid.append_row(tmp_path / "t.csv", {"fid": 1.5}, {"n": 7}, tmp_path / "a.npz", False)
+        row = fid.table_row({"fid": 1.5}, {"n": 7}, tmp_path / "a")
+        fid.write_table(tmp_path / "t.csv", [row], fid.read_table(tmp_path / "t.csv"))
         (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().rstrip("\n"))
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [(row["FID"], row["n"]) for row in rows] == [("1.5000", "7")] * 3

@@ -204,6 +204,11 @@ def test_help_explains_every_flag(script):
     assert text.count("(default:") >= len(flags) - 3  # names hidden by the script's own
 
 
+@pytest.mark.parametrize("program", sorted(p.name for p in (ROOT / "benchmarks").glob("*.py") if p.name != "timing.py"))
+def test_benchmarks_start_and_explain_themselves(program):
+    assert "usage:" in launch(f"benchmarks/{program}", "--help").stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_does_without_torch(tmp_path, script):
     """Importing it takes seconds."""
