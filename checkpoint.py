@@ -172,7 +172,10 @@ def _persistent(meta):
 
 
 def _storage(content):
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("the numbers of a tensor are something else") from error
 
 
 def _scalar(kind, content):

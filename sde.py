@@ -31,8 +31,8 @@ def beta(t):
 
 
 def log_sigma(t):
-    """ln(beta/alpha), the logarithm of EDM's noise level; alpha is taken as 1e-6 at least, so that t = 1 is finite."""
-    return (t.log() + (2 - t).log()) / 2 - alpha(t).clamp(min=1e-6).log()
+    """ln(beta/alpha), the logarithm of EDM's noise level; as if t were 1e-10 at least and alpha 1e-6, so that it is finite."""
+    return (t.clamp(min=1e-10).log() + (2 - t).log()) / 2 - alpha(t).clamp(min=1e-6).log()
 
 
 def interpolate(x0, z, t):

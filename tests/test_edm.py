@@ -40,10 +40,10 @@ def persistence():
 
 
 class Pickler(pickle.Pickler):
-    """Modules of torch by their class, all others as EDM's persistent classes."""
+    """torch's containers by their class, all other modules as EDM's persistent classes: its layers are its own."""
 
     def reducer_override(self, x):
-        if isinstance(x, torch.nn.Module) and not type(x).__module__.startswith("torch.nn"):
+        if isinstance(x, torch.nn.Module) and not isinstance(x, torch.nn.ModuleDict):
             name = getattr(x, "class_name", type(x).__name__)
             source = "raise AssertionError('a pickle ran code of its own')"
             meta = {"type": "class", "version": 6, "module_src": source, "class_name": name, "state": x.__dict__}
