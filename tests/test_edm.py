@@ -113,19 +113,10 @@ def test_images_are_those_of_edms_own_sampler(name, steps, tmp_path):
 
 def test_eval_draws_them_without_any_flag(tmp_path):
     arrays, path = golden("vp-conditional", tmp_path)
-    run(
-        "eval.py",
-        "--checkpoint",
-        path,
-        "--workdir",
-        tmp_path / "out",
-        "--format",
-        "npz",
-        "--end_seed",
-        arrays["seeds"].max().item(),
-    )
-    found = np.load(tmp_path / "out" / "images.npz")["arr_0"][arrays["seeds"]]
-    assert np.abs(found.astype(int) - arrays["images18"].numpy()).max() <= 1
+    assert arrays["seeds"][:2].tolist() == [0, 1]
+    run("eval.py", "--checkpoint", path, "--workdir", tmp_path / "out", "--format", "npz", "--end_seed", 1)
+    found = np.load(tmp_path / "out" / "images.npz")["arr_0"]
+    assert np.abs(found.astype(int) - arrays["images18"][:2].numpy()).max() <= 1
 
 
 def small(folder, protocol=4, class_name="EDMPrecond", **options):
