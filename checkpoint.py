@@ -4,16 +4,20 @@ import dist_util
 from dist_util import UserError
 
 import copy
+import io
 import math
 import os
+import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +45,7 @@ class EMA:
 def build_model(config):
     """Denoiser of a configuration, with fresh weights; two times if the mode is characteristic."""
     options = {**vars(config.network), "two_times": config.task.mode == "characteristic"}
-    sigma_data, M = options.pop("sigma_data"), options.pop("M")
+    precondition = [options.pop(name) for name in ("sigma_data", "M", "time_input")]
     make = partial(network.UNet, config.data.image_size, config.data.image_channels, **options)
     try:
         with torch.device("meta"):  # no memory: how large would it be?
@@ -50,7 +54,7 @@ def build_model(config):
         raise UserError(f"--model_channels {config.network.model_channels} does not suit the network: {error}") from error
     if size > 2e10:
         raise UserError(f"a network of {size:.1e} parameters: lower --model_channels, --channel_mult or --num_blocks")
-    return network.Denoiser(make(), sigma_data, M, config.speed.precision)
+    return network.Denoiser(make(), *precondition, config.speed.precision)
 
 
 def flops(config):
@@ -103,6 +107,8 @@ def read(path):
 
     Tensors and plain values alone are loaded, to the CPU: no code in the file ever runs.
     """
+    if is_pickle(path):
+        return read_edm(path)
     try:
         with warnings.catch_warnings():  # of torch about tensors that are refused below
             warnings.simplefilter("ignore")
@@ -134,6 +140,148 @@ def _kind(path, error):
     kind = "numpy values" if found and "numpy" in found[1] else "Python objects, which are never loaded"
     name = f" ({found[1]})" if found else ""
     return f": it holds {kind}{name}; torch.save the state dict of tensors, and plain numbers, instead"
+
+
+# ------------------------------------------------------------------------------------------------- EDM's pickles
+# {'ema': EDMPrecond, ...}: modules whose classes travel as source text, which is never executed here.
+
+
+def is_pickle(path):
+    """Whether a file is a bare pickle.  torch.save writes none: its files are zips, or begin with a number of its own."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return False
+    return head[:1] == b"\x80" and b"l\xfc\x9cF\xf9 j\xa8P\x19" not in head
+
+
+class Shell:
+    """What a pickled module is read as: the name of its class, and its attributes."""
+
+    class_name, state = "", {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def _persistent(meta):
+    shell = Shell()
+    shell.class_name, shell.state = meta["class_name"], meta["state"]
+    return shell
+
+
+def _storage(content):
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("the numbers of a tensor are something else") from error
+
+
+def _scalar(kind, content):
+    return np.frombuffer(content, {"f4": "<f4", "f8": "<f8", "i4": "<i4", "i8": "<i8", "b1": "?"}[kind.state[0]])[0].item()
+
+
+class _Kind(Shell):
+    """numpy.dtype(...), of which the first argument is kept."""
+
+    def __init__(self, *arguments):
+        self.state = arguments
+
+    def __setstate__(self, state):
+        """The byte order, always the usual one."""
+
+
+SAFE = {  # (module, name): what a pickle gets for it; all that it may ask for
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("dnnlib.util", "EasyDict"): dict,
+    ("copy_reg", "_reconstructor"): lambda *ignored: Shell(),
+    ("copyreg", "_reconstructor"): lambda *ignored: Shell(),
+    ("builtins", "object"): object,
+    ("__builtin__", "object"): object,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments[:4], False, {}),
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch.nn.modules.container", "ModuleDict"): Shell,
+    ("torch.nn.modules.container", "ModuleList"): Shell,
+    ("torch.nn.modules.container", "Sequential"): Shell,
+    ("numpy", "dtype"): _Kind,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in SAFE:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded: it could run code of strangers")
+        return SAFE[module, name]
+
+
+def read_edm(path):
+    """The content of a pickle that EDM publishes (arXiv 2206.00364): `ema`, a state dict, and `config`.  None of it runs.
+
+    Weights of its augmentation pipeline are left out: they add zero in sampling.  UserError for any other pickle.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _Unpickler(file).load()
+        net, state = content["ema"], content["ema"].state
+        options = dict(state["_init_kwargs"])
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is a pickle that is not loaded: {error}") from error
+    except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
+        raise UserError(f"{path} is a pickle, but damaged or without one of EDM's networks as 'ema'") from error
+    kind, model = net.class_name, options.get("model_type", "DhariwalUNet")
+    if kind != "EDMPrecond" or model != "SongUNet":
+        raise UserError(f"{path} holds a {kind} of a {model}: of EDM's networks, EDMPrecond of SongUNet is supported")
+    config = edm_config(options, path)
+    try:
+        weights = {name: value for name, value in _tensors(state["_modules"]["model"]) if not name.startswith("map_augment")}
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: the network in it has no weights") from error
+    return {"ema": weights, "config": defaults.to_dict(config)}
+
+
+def _tensors(module, prefix=""):
+    """(name, tensor) of a Shell, as state_dict() would name them."""
+    for kind in ("_parameters", "_buffers"):
+        yield from ((prefix + name, value) for name, value in module.state[kind].items() if value is not None)
+    for name, child in module.state["_modules"].items():
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{name}.")
+
+
+def edm_config(options, path):
+    """The Config of EDMPrecond's arguments; those left out have EDM's defaults.  Sampling as in its generate.py."""
+    names = ("embedding_type", "channel_mult_noise", "resample_filter", "encoder_type")
+    parts = [options.get(name, usual) for name, usual in zip(names, ("positional", 1, [1, 1], "standard"))]
+    kinds = {"ddpmpp": ["positional", 1, [1, 1], "standard"], "ncsnpp": ["fourier", 2, [1, 3, 3, 1], "residual"]}
+    architecture = next((name for name, kind in kinds.items() if kind == parts), None)
+    if architecture is None or options.get("decoder_type", "standard") != "standard":
+        found = ", ".join(f"{name} {value}" for name, value in zip(names, parts))
+        raise UserError(f"{path} holds a network that is neither DDPM++ nor NCSN++: {found}")
+    usual = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4}
+    usual |= {"attn_resolutions": [16], "dropout": 0.1, "label_dim": 0, "sigma_data": 0.5}
+    found = {name: options.get(name, value) for name, value in usual.items()}
+    found |= {"image_size": options.get("img_resolution"), "image_channels": options.get("img_channels")}
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    low, high = max(options.get("sigma_min", 0), 0.002), min(options.get("sigma_max", math.inf), 80.0)
+    w = [math.sqrt(1 + sigma**2) for sigma in (low, high)]
+    sampling = {"ode_solver": "edm", "time_grid": "karras", "num_steps": 18, "rho": 7.0}
+    sampling |= {"eval_eps0": low**2 / (w[0] * (1 + w[0])), "eval_eps1": 1 / w[1]}
+    try:
+        return defaults.resolve(
+            {"data_name": "folder", "architecture": architecture, "time_input": "log_snr", **found, **sampling}
+        )
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path} holds a network that does not fit: {error}") from error
 
 
 def find_weights(content, path):

@@ -68,6 +68,9 @@ class Network:
     label_dropout: float = setting(0.0, "stage 1: probability of hiding the label of a training image", SHARE)
     sigma_data: float = setting(1.0, "standard deviation of the data, for the preconditioning", between=(1e-4, 1e4))
     M: float = setting(999.0, "network's unit of time: it sees M t", between=(0, 1e6))
+    time_input: str = setting(
+        "t", "what the network sees of t: M t, or log_snr: ln(beta/alpha)/4, as EDM's do", choices=("t", "log_snr")
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Distil:  # stage 2
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
-    teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun, deis or dpm")
+    teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun, deis, dpm or edm")
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
     adaptive_weight: bool = setting(True, "scale the stage-1 loss to the distance's gradient norm at the last layer")
     dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", SHARE)
@@ -115,11 +118,12 @@ class Distil:  # stage 2
 
 @dataclass(frozen=True)
 class Sampling:
-    ode_solver: str = setting("deis", "solver of the denoiser's ODE: euler, heun, deis or dpm; a flow map needs none")
+    ode_solver: str = setting("deis", "solver of the denoiser's ODE: euler, heun, deis, dpm or edm; a flow map needs none")
     num_steps: int = setting(
         20, "steps from noise to data; heun calls more often (20, flow map 1; train.py in stage 2: its grid, 20)", (1, 4096)
     )
-    rho: float = setting(1.0, "curvature of the time grid: t^(1/rho) is evenly spaced", between=(0.1, 100))
+    time_grid: str = setting("t", "t: even in t^(1/rho); karras: even in (beta/alpha)^(1/rho)", choices=("t", "karras"))
+    rho: float = setting(1.0, "curvature of the time grid (7 where --time_grid karras is given)", between=(0.1, 100))
     eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
     eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=TIME)
     sde: bool = setting(False, "sample the reverse SDE instead of the ODE (denoiser)")
@@ -238,6 +242,8 @@ def resolve(flags, base=None):
             raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
         if not fits(flags[name], SETTINGS[name].type):
             raise UserError(f"setting {name} is {flags[name]!r}: it must be of the kind of {SETTINGS[name].default!r}")
+    if flags.get("time_grid") == "karras":
+        flags = {"rho": 7.0, **flags}
     config, values = base or Config(), flags
     if base is None:
         values = {**preset(flags.get("data_name", Data.data_name), flags.get("mode", Task.mode)), **flags}

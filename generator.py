@@ -63,14 +63,18 @@ class Trained:
 def load_model(path, flags=(), device="cpu"):
     """The Trained of a checkpoint, with flags {setting: value} over its settings of sampling; UserError where they disagree.
 
-    A checkpoint without configuration, as others publish, takes everything from flags and presets.
+    A checkpoint without configuration, as others publish, takes everything from flags and presets.  A pickle of EDM's has one
+    but for the name of its data.
     """
     content, flags = checkpoint.read(path), {"precision": "fp32", "compile": False, **dict(flags)}  # not as it was trained
     for name in flags:
         if name in defaults.SETTINGS and name not in defaults.MODEL_SETTINGS:
             raise UserError(f"{name} is a setting of training: it changes no model that is trained")
     if "config" in content:
-        config = checkpoint.override(defaults.from_dict(content["config"]), flags, path)
+        config = defaults.from_dict(content["config"])
+        if "step" not in content and "data_name" in flags:
+            config = defaults.resolve({"data_name": flags["data_name"]}, config)
+        config = checkpoint.override(config, flags, path)
     elif "data_name" not in flags:
         raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
     else:
@@ -81,7 +85,7 @@ def load_model(path, flags=(), device="cpu"):
     model = checkpoint.build_model(config).eval().requires_grad_(False)
     checkpoint.load_weights(model.net, content["ema"], path)
     data, knows_mean = config.data, "mean" in content
-    if not knows_mean:
+    if not knows_mean and "config" not in content:
         misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
     mean = content.get("mean", torch.zeros(data.image_channels, data.image_size, data.image_size))
     checkpoint.check_mean(mean, config, path)
@@ -146,7 +150,7 @@ def trajectory(config, model, x, noise, label=None):
         step = partial(sde.ancestral_step, denoise, noise)
     else:
         step = sde.solver(sampling.ode_solver, denoise)
-    ts = sde.grid(sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
+    ts = sde.GRIDS[sampling.time_grid](sampling.num_steps, t_max, sampling.eval_eps0, sampling.rho).to(x.device)
     return sde.sample(step, x, ts, churn if sampling.churn else None)
 
 

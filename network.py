@@ -263,25 +263,27 @@ class UNet(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Preconditioned network: D(x, t [, s] [, label]) = c_skip x + c_out F(c_in x, M t [, M s] [, label]).
+    """Preconditioned network: D(x, t [, s] [, label]) = c_skip x + c_out F(c_in x, c_noise [, M s] [, label]).
 
     D(x, t) is E[X0 | Xt = x], and D(x, t, s) its average over [s, t], along which the flow map G(x, t, s) transports x.
-    `sigma_data` is the data's standard deviation, M the network's unit of time; `net`'s state dict is what checkpoints hold.
+    `sigma_data` is the data's standard deviation.  c_noise is M t, or ln(beta/alpha)/4 for `time_input` "log_snr": with it this
+    is EDM's denoiser, D(x, t) = D_EDM(x/alpha, beta/alpha).  `net`'s state dict is what checkpoints hold.
     The net alone is computed in `precision`, "fp32", "tf32" or "bf16"; the rest in the dtype of x.
     """
 
-    def __init__(self, net, sigma_data=1.0, M=999.0, precision="fp32"):
+    def __init__(self, net, sigma_data=1.0, M=999.0, time_input="t", precision="fp32"):
         super().__init__()
-        self.net, self.sigma_data, self.M, self.precision = net, sigma_data, M, precision
+        self.net, self.sigma_data, self.M, self.time_input, self.precision = net, sigma_data, M, time_input, precision
 
     def at(self, precision):
         """The same network in another precision."""
-        return Denoiser(self.net, self.sigma_data, self.M, precision)
+        return Denoiser(self.net, self.sigma_data, self.M, self.time_input, precision)
 
     def forward(self, x, t, s=None, label=None):
         """x (B, C, H, W), t and s (B,) in [0, 1], label numbers (B,) or one-hot (B, label_dim) -> (B, C, H, W)."""
         c_in, c_skip, c_out = (sde.like(c, x) for c in sde.preconditioning(t, self.sigma_data))
-        times = [self.M * t] if s is None else [self.M * t, self.M * s]
+        times = [self.M * t if self.time_input == "t" else sde.log_sigma(t) / 4]
+        times += [] if s is None else [self.M * s]  # of which s = 0 is the most important
         # Not restored afterwards: the backward pass looks at them too.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

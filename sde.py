@@ -30,6 +30,11 @@ def beta(t):
     return (t * (2 - t)).sqrt()
 
 
+def log_sigma(t):
+    """ln(beta/alpha), the logarithm of EDM's noise level; as if t were 1e-10 at least and alpha 1e-6, so that it is finite."""
+    return (t.clamp(min=1e-10).log() + (2 - t).log()) / 2 - alpha(t).clamp(min=1e-6).log()
+
+
 def interpolate(x0, z, t):
     """Xt = alpha X0 + beta Z."""
     return like(alpha(t), x0) * x0 + like(beta(t), x0) * z
@@ -100,12 +105,28 @@ def grid(n, t_max, t_min, rho=1.0):
     return torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
 
 
-def start(z, mean, eps):
-    """State at t = 1 - eps from the state z at t = 1: z + eps mean(data), (B, ...) and (...).
+def karras_grid(n, t_max, t_min, rho=7.0):
+    """grid() with sigma^(1/rho) linear instead, sigma = beta/alpha (EDM, arXiv 2206.00364, eq. 5); t_max < 1."""
+    sigma = [beta(t) / alpha(t) for t in torch.tensor([t_max, t_min], dtype=torch.float64)]
+    i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
+    square = (sigma[0] ** (1 / rho) + i * (sigma[1] ** (1 / rho) - sigma[0] ** (1 / rho))) ** (2 * rho)
+    w = (1 + square).sqrt()
+    ts = square / (w * (1 + w))  # 1 - alpha = 1 - 1/w, without cancellation
+    ts[0] = t_max
+    if n > 1:
+        ts[-1] = t_min
+    return torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
 
-    Plus: v(x, 1) = -mean and the step in t is -eps.
+
+GRIDS = {"t": grid, "karras": karras_grid}
+
+
+def start(z, mean, eps):
+    """State at t = 1 - eps from noise z, (B, ...), and the data's mean, (...): eps mean + sqrt(1 - eps^2) z.
+
+    To first order z + eps mean.  Plus: v(x, 1) = -mean and the step in t is -eps.
     """
-    return z + eps * mean
+    return math.sqrt(1 - eps**2) * z + eps * mean
 
 
 # --------------------------------------------------------------------------------------------------------- steps
@@ -139,6 +160,21 @@ def heun_step(denoise, x, t, s):
     return torch.where(corrects.reshape(-1, *[1] * (x.ndim - 1)), corrected, to_s)
 
 
+def edm_step(denoise, x, t, s):
+    """Order 2: Heun's on x/alpha in sigma = beta/alpha (EDM, arXiv 2206.00364, algorithm 1), t < 1; deis_step at s = 0.
+
+    deis_step is its Euler step.  Two calls, or one.  On a GPU each step waits for the device, as in heun_step.
+    """
+    to_s, corrects = transport(x, denoise(x, t), t, s), s > 0
+    if not corrects.any():
+        return to_s
+    safe = torch.where(corrects, s, t)
+    keep, pull = alpha(safe) / alpha(t), 1 - beta(t) * alpha(safe) / (alpha(t) * beta(safe))
+    slope = to_s - like(alpha(safe), x) * denoise(to_s, safe)
+    corrected = (like(keep, x) * x + to_s + like(pull, x) * slope) / 2
+    return torch.where(corrects.reshape(-1, *[1] * (x.ndim - 1)), corrected, to_s)
+
+
 class DPMStep:
     """Order 2, exponential, multistep (DPM-Solver++ 2M, arXiv 2211.01095): T(x, d + h/(2 h') (d - d'); t, s).  One call.
 
@@ -162,7 +198,7 @@ class DPMStep:
 
 
 # All that a new solver needs is a line here: a step, or a class whose instances are steps that remember.
-SOLVERS = {"euler": euler_step, "heun": heun_step, "deis": deis_step, "dpm": DPMStep}
+SOLVERS = {"euler": euler_step, "heun": heun_step, "deis": deis_step, "dpm": DPMStep, "edm": edm_step}
 
 
 def solver(name, denoise):

@@ -80,7 +80,10 @@ def make_plan(run, flags, device):
         config = checkpoint.override(saved.config, flags, saved.path, **strict)
     teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
     if not saved:
-        inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0} if teacher else {}
+        inherited = {}
+        if teacher:  # the flow map begins where the teacher's sampling does
+            inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0}
+            inherited |= dict.fromkeys(("train_eps1", "eval_eps1"), teacher.config.sampling.eval_eps1)
         config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
     if saved and (saved.step > config.train.train_steps or named and named.step == config.train.train_steps):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
