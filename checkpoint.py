@@ -215,10 +215,14 @@ SAFE = {  # (module, name): what a pickle gets for it; all that it may ask for
 }
 
 
+class _Refused(Exception):
+    """A pickle asks for what SAFE does not hold."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in SAFE:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not loaded: it could run code of strangers")
+            raise _Refused(f"it asks for {module}.{name}, which is not loaded: it could run code of strangers")
         return SAFE[module, name]
 
 
@@ -234,7 +238,7 @@ def read_edm(path):
         options = dict(state["_init_kwargs"])
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise UserError(f"{path} is a pickle that is not loaded: {error}") from error
     except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
         raise UserError(f"{path} is a pickle, but damaged or without one of EDM's networks as 'ema'") from error
