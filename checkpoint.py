@@ -1,4 +1,10 @@
-"""Weights on disk: TrainingState, which knows what a checkpoint holds, the average of the weights, and files of others."""
+"""Weights on disk: what a checkpoint holds, the average of the weights, and files of others.
+
+  python checkpoint.py logs/mnist/latest.pth mnist.pth
+
+As a script: write what one publishes, the averaged weights, configuration and mean of a checkpoint, without what only training
+needs.  Prints SHA-256, size and path.
+"""
 
 import dist_util
 from dist_util import UserError
@@ -311,11 +317,16 @@ def is_finite(x):
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # what DataParallel, compile and others put before every name
 
 
-def load_weights(net, state, path):
-    """Strict load_state_dict, with the wrappers' prefixes of other implementations taken off; UserError names what differs."""
+def unwrap(state):
+    """A state dict without the prefixes of WRAPPERS."""
     while prefix := next((p for p in WRAPPERS if state and all(str(k).startswith(p) for k in state)), None):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
-    own, wrong = net.state_dict(), []
+    return state
+
+
+def load_weights(net, state, path):
+    """Strict load_state_dict of an unwrap()ped state dict; UserError names what differs."""
+    state, own, wrong = unwrap(state), net.state_dict(), []
 
     def differ(names, what):
         if names:
@@ -331,6 +342,21 @@ def load_weights(net, state, path):
     if wrong:
         raise UserError(f"{path} does not fit this network: {'; '.join(wrong)}")
     net.load_state_dict(state)
+
+
+def init_weights(net, state, path):
+    """Load what fits of a state dict, and yield lines that list the rest; UserError if nothing does.
+
+    A flow map takes a denoiser's too.
+    """
+    state, own = unwrap(state), net.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and is_finite(v) and v.shape == own[k].shape}
+    if not fits:
+        raise UserError(f"--init {path}: none of its {len(state)} tensors fits this network")
+    net.load_state_dict({**own, **fits})
+    for what, names in (("begin afresh", own.keys() - fits), ("are left out", state.keys() - fits)):
+        if names:
+            yield f"--init {path}: {len(names)} tensors {what}: {', '.join(sorted(map(str, names)))}"
 
 
 def override(config, flags, path, sections=("task", "data", "network"), free=("dropout", "label_dropout"), advice=None):
@@ -498,3 +524,35 @@ class TrainingState:
 
         dist_util.on_first_rank(write)
         return path
+
+
+def publish(src, dest, half=False, raw=False):
+    """Write a checkpoint's weights, configuration and mean to `dest`; `half`: in float16, `raw`: those of the last step.
+
+    UserError unless the weights are those of the configuration, and finite in float16 too.
+    """
+    content = read(src)
+    if "config" not in content or raw and not isinstance(content.get("model"), dict):
+        raise UserError(f"{src} holds no {'weights of its last step' if 'config' in content else 'configuration'}")
+    config = defaults.from_dict(content["config"])
+    net = build_model(config).net
+    load_weights(net, content["model" if raw else "ema"], src)
+    weights, parameters = net.state_dict(), {name for name, _ in net.named_parameters()}
+    if half:  # buffers stay: frequencies of times need their digits
+        weights = {name: x.half() if name in parameters else x for name, x in weights.items()}
+        load_weights(net, weights, f"{src} in float16")
+    kept = {name: content[name] for name in ("step", "mean", "config", "format") if name in content}
+    with misc.atomic(dest) as temporary, open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **kept, "ema": weights}, file)
+
+
+def main():
+    run, _ = defaults.parse("checkpoint", description=__doc__)
+    with dist_util.session():
+        dist_util.on_first_rank(lambda: publish(run.src, run.dest, run.half, run.raw))
+        if dist_util.rank() == 0:
+            print(f"{misc.file_hash(run.dest)}  {os.path.getsize(run.dest) / 1e6:.2f} MB  {run.dest}")
+
+
+if __name__ == "__main__":
+    dist_util.launch(main)

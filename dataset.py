@@ -257,6 +257,8 @@ def load_array(path):
 
 
 def load_digits(data, download):
+    if data.split == "test":
+        raise UserError("--split test: the digits are all for training; take mnist, or a folder that holds train/ and test/")
     if data.data_path != type(data).data_path:
         raise UserError(f"the digits are not in {data.data_path}: leave --data_path out, or add --data_name folder")
     with np.load(Path(__file__).parent / "data" / "digits.npz") as archive:
@@ -279,15 +281,15 @@ def read_idx(path):
 
 
 def load_mnist(data, download):
-    folder = Path(data.data_path) / "MNIST" / "raw"
+    folder, part = Path(data.data_path) / "MNIST" / "raw", {"train": "train", "test": "t10k"}[data.split]
 
     def find():
-        files = [folder / f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+        files = [folder / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
         return [next((p for p in (file, file.with_name(f"{file.name}.gz")) if p.exists()), None) for file in files]
 
     _fetch("MNIST", data, download and not all(find()))
     if not all(find()):
-        _fail("mnist", folder, "train-images-idx3-ubyte and train-labels-idx1-ubyte, unpacked or .gz,")
+        _fail("mnist", folder, f"{part}-images-idx3-ubyte and {part}-labels-idx1-ubyte, unpacked or .gz,")
     images, labels = map(read_idx, find())
     if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or not labels.size > 0 or labels.max() > 9:
         raise UserError(f"{folder} holds images {images.shape} and labels {labels.shape}, not MNIST's: get the files again")
@@ -298,13 +300,17 @@ def load_cifar(data, download):
     from torchvision import datasets  # slow to import
 
     folder = Path(data.data_path) / datasets.CIFAR10.base_folder
-    known = {name: datasets.utils.check_integrity(folder / name, md5) for name, md5 in datasets.CIFAR10.train_list}
+    train = data.split == "train"
+    files = datasets.CIFAR10.train_list if train else datasets.CIFAR10.test_list
+    known = {name: datasets.utils.check_integrity(folder / name, md5) for name, md5 in files}
     _fetch("CIFAR10", data, download and not all(known.values()))
     try:
-        found = datasets.CIFAR10(data.data_path, train=True, download=False)  # which unpickles files of the published MD5 alone
+        found = datasets.CIFAR10(
+            data.data_path, train=train, download=False
+        )  # which unpickles files of the published MD5 alone
     except (RuntimeError, OSError):
         other = [name for name in known if (folder / name).exists() and not known[name]]
-        _fail("cifar", folder, "data_batch_1 ... data_batch_5 and batches.meta", other)
+        _fail("cifar", folder, f"{'data_batch_1 ... data_batch_5' if train else 'test_batch'} and batches.meta", other)
     images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
     return MemoryImages(images, torch.tensor(found.targets), tuple(found.classes))
 
@@ -335,16 +341,30 @@ def _fail(name, folder, files, other=()):
     raise UserError(f"{name} is not in {folder.absolute()}{there}: {advice}")
 
 
-def load_folder(data, download, inner="", what="the images"):
-    path, advice = Path(data.data_path, inner), f"--data_path names what holds {what}, or use --data_name digits"
+def load_folder(data, download):
+    """The images of --data_path; of train/ or test/ in it, by --split, where it holds these two folders and no other."""
+    path, parts = Path(data.data_path), set()
     with suppress(OSError):  # ImageFiles says what is wrong then
-        if not path.exists():
-            raise UserError(f"{path.absolute()} is missing: {advice}")
-    return ImageFiles(path, data.image_size, data.image_channels)
+        parts = {place.name for place in path.iterdir() if place.is_dir() and not place.name.startswith(".")}
+    if parts == {"train", "test"}:
+        path /= data.split
+    elif data.split == "test":
+        raise UserError(f"--split test: {path.absolute()} must hold train/ and test/, and no other folders")
+    return _files(path, data, "the images")
 
 
 def load_afhq(data, download):
-    return load_folder(data, download, "afhq/train", "afhq/train/{cat,dog,wild}")
+    names = {"train": ("train",), "test": ("test", "val")}[data.split]  # the first version of the data set calls it val
+    folder = Path(data.data_path, "afhq")
+    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    return _files(path, data, f"afhq/{names[0]}/{{cat,dog,wild}}")
+
+
+def _files(path, data, what):
+    with suppress(OSError):  # ImageFiles says what is wrong then
+        if not path.exists():
+            raise UserError(f"{path.absolute()} is missing: --data_path names what holds {what}, or use --data_name digits")
+    return ImageFiles(path, data.image_size, data.image_channels)
 
 
 # name: function of the settings, defaults.Data, and of whether missing files may be downloaded
@@ -352,7 +372,7 @@ DATASETS = {"digits": load_digits, "mnist": load_mnist, "cifar": load_cifar, "af
 
 
 def load(data, download=True):
-    """The training images of the settings defaults.Data; missing files are downloaded where that is possible."""
+    """The images of the settings defaults.Data; missing files are downloaded where that is possible."""
     return DATASETS[data.data_name](data, download)
 
 
@@ -381,26 +401,37 @@ def to_model(images, centered):
     return 2 * images - 1 if centered else images
 
 
+def flip(x, generator):
+    """Images (B, C, H, W), each mirrored left to right with probability 1/2."""
+    mirrored = torch.rand(len(x), generator=generator, device=x.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
 def to_uint8(x, centered):
     """The inverse: clamp, then floor(255 x + 0.5); on the CPU."""
     x = (x.float() + 1) / 2 if centered else x.float()
     return torch.floor(255 * x.clamp(0, 1) + 0.5).to(torch.uint8).cpu()
 
 
-def data_mean(images, centered, bsz=256, num_workers=0):
-    """Mean image, float32 (C, H, W) in the model's range.  Sums of uint8 are exact in float64: any number of ranks agrees."""
+def data_moments(images, data, bsz=256):
+    """(mean image, float32 (C, H, W), and standard deviation of all pixels) in the model's range, of images and, with flip,
+    of their mirror images.  Sums of uint8 are exact in float64: any number of ranks agrees.
+    """
     mine = range(dist_util.rank(), len(images), dist_util.world_size())
 
     def add_up():
-        total = torch.zeros(images.shape, dtype=torch.float64)
+        totals = torch.zeros(2, *images.shape, dtype=torch.float64)
         with misc.progress(len(mine), "data mean") as bar:
-            for batch, _ in read_ahead(images, (mine[i : i + bsz] for i in range(0, len(mine), bsz)), num_workers):
-                total += batch.double().sum(0).cpu()
+            for batch, _ in read_ahead(images, (mine[i : i + bsz] for i in range(0, len(mine), bsz)), data.num_workers):
+                batch = batch.double()
+                totals += torch.stack([batch.sum(0), batch.square().sum(0)]).cpu()
                 bar.update(len(batch))
-        return total
+        return totals
 
-    mean = dist_util.sum_over_ranks(dist_util.agree(add_up)) / len(images) / 255
-    return (2 * mean - 1 if centered else mean).float()
+    mean, square = dist_util.sum_over_ranks(dist_util.agree(add_up)) / len(images)
+    sigma = float((square.mean() - mean.mean() ** 2).sqrt()) / 255
+    mean = (mean + mean.flip(-1)) / 2 / 255 if data.flip else mean / 255
+    return (2 * mean - 1 if data.centered else mean).float(), 2 * sigma if data.centered else sigma
 
 
 def one_hot(labels, label_dim):

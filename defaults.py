@@ -14,19 +14,19 @@ import typing
 from dataclasses import dataclass, field, fields
 
 
-def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True):
+def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True, positional=False):
     """A field that is a setting; its values are within `limits` (least and greatest), among `choices`, or truly `between` two.
 
     `path` is for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or "".
     `flag` is False for what is recorded, and no flag.
     """
     allowed = {"least": limits[0], "most": limits[1], "choices": choices, "between": between}
-    return field(default=default, metadata={"help": help, "path": path, "flag": flag, **allowed})
+    return field(default=default, metadata={"help": help, "path": path, "flag": flag, "positional": positional, **allowed})
 
 
-def file(help, ending=""):
-    """A setting that is a file or a folder."""
-    return setting(None, help, path=ending)
+def file(help, ending="", positional=False):
+    """A setting that is a file or a folder; a `positional` one must be given, by its place instead of a flag."""
+    return setting(None, help, path=ending, positional=positional)
 
 
 MANY, SHARE, TIME = 2**31, (0, 1), (1e-8, 1)
@@ -47,9 +47,17 @@ class Data:
         "afhq/train/{cat,dog,wild}; folder: a flat folder, class folders or a zip of images; digits: not used",
         path="",
     )
-    image_size: int = setting(64, "pixels of a side (free for afhq and folder, which are cropped and resized)", (1, 4096))
+    split: str = setting(
+        "train",
+        "mnist, cifar, afhq, and a folder that holds train/ and test/: which of the two (the digits are all for training)",
+        choices=("train", "test"),
+    )
+    image_size: int = setting(
+        64, "pixels of a side (free for afhq and folder, which are cropped and resized; chooses folder's presets)", (1, 4096)
+    )
     image_channels: int = setting(3, "1 for grey, 3 for colour (free for folder alone)", choices=(1, 3))
     centered: bool = setting(True, "pixels scaled to [-1, 1] instead of [0, 1]")
+    flip: bool = setting(False, "mirror training images left to right at random")
     num_workers: int = setting(0, "threads that read images ahead, per rank; 0: read when needed (fid.py: 2)", (0, 1024))
     class_names: tuple[str, ...] = setting((), "the classes found in the data, in the order of their numbers", flag=False)
     class_counts: tuple[int, ...] = setting((), "how many images each of them has", flag=False)
@@ -66,7 +74,9 @@ class Network:
     dropout: float = setting(0.1, "probability of zeroing a hidden activation in training", SHARE)
     label_dim: int = setting(0, "number of classes to condition on; 0 for none", (0, 2**20))
     label_dropout: float = setting(0.0, "stage 1: probability of hiding the label of a training image", SHARE)
-    sigma_data: float = setting(1.0, "standard deviation of the data, for the preconditioning", between=(1e-4, 1e4))
+    sigma_data: float = setting(
+        1.0, "standard deviation of the data, for the preconditioning; auto: measured (train.py)", between=(1e-4, 1e4)
+    )
     M: float = setting(999.0, "network's unit of time: it sees M t", between=(0, 1e6))
     time_input: str = setting(
         "t", "what the network sees of t: M t, or log_snr: ln(beta/alpha)/4, as EDM's do", choices=("t", "log_snr")
@@ -88,6 +98,7 @@ class Train:
     sampling_freq: int = setting(1000, "steps between grids of samples, and loss.png; 0 for none", (0, MANY))
     dump_freq: int = setting(5000, "steps between checkpoints (the last step always writes one)", (1, MANY))
     nsampling: int = setting(64, "images in a grid of samples", (1, 2**16))
+    val_freq: int = setting(0, "steps between denoising losses of the moving average on images of --split test", (0, MANY))
     fid_freq: int = setting(0, "steps between scores of the moving average against --ref_path; 0 for none", (0, MANY))
     fid_num: int = setting(2048, "images for such a score, of seeds from 0", (2, 2**24))
     seed: int = setting(0, "seed of the initial weights, the data order and all noise", (0, MANY))
@@ -102,6 +113,7 @@ class Distil:  # stage 2
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
     teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun, deis, dpm or edm")
+    teacher_guidance: float = setting(1.0, "guidance of that ODE (train.py's --guidance)", (0, 100), flag=False)
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
     adaptive_weight: bool = setting(True, "scale the stage-1 loss to the distance's gradient norm at the last layer")
     dsm_share: float = setting(0.25, "trajectory: share of each batch spent on the stage-1 loss", SHARE)
@@ -126,12 +138,20 @@ class Sampling:
     rho: float = setting(1.0, "curvature of the time grid (7 where --time_grid karras is given)", between=(0.1, 100))
     eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
     eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=TIME)
+    guidance: float = setting(
+        1.0,
+        "push images away from what the denoiser says without a class, or from --guide: 1 not at all; needs --label_dropout "
+        "in stage 1; train.py distils it into the flow map",
+        (0, 100),
+    )
     sde: bool = setting(False, "sample the reverse SDE instead of the ODE (denoiser)")
     churn: bool = setting(False, "before a step, go back to t' = (1 + gamma) t with fresh noise (denoiser)")
     s_min: float = setting(0.0, "churn: least time at which it happens", SHARE)
     s_max: float = setting(1.0, "churn: greatest time at which it happens", SHARE)
     gamma: float = setting(0.1, "churn: how far back, relative to t", (0, 10**6))
-    class_idx: int = setting(-1, "class to draw, for conditional models; -1: one from each image's seed", (-1, 2**20))
+    class_idx: int = setting(
+        -1, "class to draw, for conditional models: its number or its name; -1: one from each image's seed", (-1, 2**20)
+    )
     eval_bsz: int = setting(256, "images per rank and batch", (1, 2**20))
 
 
@@ -179,7 +199,7 @@ DATA_PRESETS = {
     "mnist":    (28,   1,        False,    0,       1.0,        32,    (1, 2, 2),       4,      (14,),     0.1),
     "cifar":    (32,   3,        True,     0,       1.0,        128,   (1, 2, 2, 2),    4,      (16,),     0.1),
     "afhq":     (64,   3,        True,     2,       1.0,        128,   (1, 1, 2, 2, 2), 4,      (16,),     0.1),
-    "folder":   (64,   3,        True,     2,       1.0,        128,   (1, 2, 2, 2),    4,      (16,),     0.1),
+    "folder":   (64,   3,        True,     2,       0.5,        64,    (1, 2, 2, 4),    2,      (16,),     0.1),
 }  # fmt: skip
 DATA_COLUMNS = (
     "image_size", "image_channels", "centered", "num_workers", "sigma_data", "model_channels", "channel_mult", "num_blocks",
@@ -196,30 +216,46 @@ TRAIN_PRESETS = {
     ("cifar",  "characteristic"): (2000,   256,        32,   1e-4, 200,     "none",   0.9999, 1e-5,  50,   200,     500),
     ("afhq",   "denoiser"):       (400000, 1024,       32,   2e-4, 500,     "none",   0.9999, 1e-5,  100,  5000,    10000),
     ("afhq",   "characteristic"): (2000,   256,        16,   1e-4, 200,     "none",   0.9999, 1e-5,  50,   200,     500),
-    ("folder", "denoiser"):       (400000, 1024,       32,   2e-4, 500,     "none",   0.9999, 1e-5,  100,  5000,    10000),
-    ("folder", "characteristic"): (2000,   256,        16,   1e-4, 200,     "none",   0.9999, 1e-5,  50,   200,     500),
+    ("folder", "denoiser"):       (50000,  64,         32,   1e-3, 500,     "cosine", 0.999,  1e-3,  100,  2000,    2000),
+    ("folder", "characteristic"): (10000,  64,         32,   1e-3, 200,     "cosine", 0.999,  1e-3,  100,  1000,    1000),
 }  # fmt: skip
 TRAIN_COLUMNS = (
     "train_steps", "global_bsz", "bsz", "lr", "lr_rampup_steps", "lr_decay", "ema_decay", "train_eps0", "log_freq",
     "sampling_freq", "dump_freq",
 )  # fmt: skip
 
+# For --data_name folder, networks and runs for one GPU or a patient laptop: the first row that --image_size is not above, or
+# the presets' of 64.
+FOLDER_PRESETS = {
+    # image_size: width  mult       blocks  attention  dropout  steps of stages 1, 2   global_bsz  bsz  lr    bank_size
+    8:           (32,    (1, 2),    1,      (4,),      0.0,     (600, 500),            128,        128, 4e-3, 2048),
+    16:          (32,    (1, 2),    2,      (8,),      0.0,     (4000, 2000),          128,        128, 2e-3, 4096),
+    32:          (32,    (1, 2, 4), 2,      (),        0.0,     (20000, 5000),         128,        64,  2e-3, 4096),
+}  # fmt: skip
+FOLDER_COLUMNS = (
+    "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "train_steps", "global_bsz", "bsz", "lr",
+    "bank_size",
+)  # fmt: skip
+
 OTHER_PRESETS = {
     "digits": {"eval_eps0": 1e-2, "eval_bsz": 300, "bank_size": 2048, "bank_refresh_freq": 64, "dsm_weight": 0.5},
     "afhq": {"bank_size": 2048, "bank_dtype": "float16"},
-    "folder": {"bank_size": 2048, "bank_dtype": "float16"},
+    "folder": {"bank_size": 2048, "bank_dtype": "float16", "dsm_weight": 0.5},
 }
 
 
-def preset(data_name, mode):
-    """{setting: value} that `--data_name` and `--mode` choose."""
+def preset(data_name, mode, image_size=64):
+    """{setting: value} that `--data_name` and `--mode` choose, and for folder the size of the images."""
     choose("data_name", data_name, DATA_PRESETS)
     choose("mode", mode, MODES)
+    rows = [row for size, row in FOLDER_PRESETS.items() if data_name == "folder" and image_size <= size]
+    by_size = dict(zip(FOLDER_COLUMNS, rows[0])) if rows else {}
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
         "num_steps": 1 if mode == "characteristic" else 20,
         **OTHER_PRESETS.get(data_name, {}),
+        **{name: value[MODES.index(mode)] if name == "train_steps" else value for name, value in by_size.items()},
     }
 
 
@@ -246,7 +282,8 @@ def resolve(flags, base=None):
         flags = {"rho": 7.0, **flags}
     config, values = base or Config(), flags
     if base is None:
-        values = {**preset(flags.get("data_name", Data.data_name), flags.get("mode", Task.mode)), **flags}
+        chosen = (flags.get(f.name, f.default) for f in (SETTINGS[name] for name in ("data_name", "mode", "image_size")))
+        values = {**preset(*chosen), **flags}
     for name, section in SECTIONS.items():
         config = config.replace(name, **{f.name: values[f.name] for f in fields(section) if f.name in values})
     if base is None and "attn_resolutions" not in flags:
@@ -298,7 +335,10 @@ def choices(f):
     return given and tuple(given() if callable(given) else given)
 
 
-IN_STAGE_2 = {"num_steps": "grid_steps", "rho": "grid_rho"}  # train.py's flags: settings
+IN_STAGE_2 = {"num_steps": "grid_steps", "rho": "grid_rho", "guidance": "teacher_guidance"}  # train.py's flags: settings
+
+
+WORDS = ("sigma_data", "class_idx")  # numbers for which a word may stand, "auto" or the name of a class
 
 
 def flag_of(name):
@@ -341,7 +381,9 @@ def check(config):
     mult = net.channel_mult
     require("channel_mult", mult and min(mult) >= 1 and max(mult) <= 1024, "one or more numbers from 1 to 1024")
     factor = 2 ** (len(mult) - 1)
-    require("image_size", data.image_size % factor == 0, f"divisible by {factor}, for {len(mult)} resolutions")
+    below = data.image_size // factor * factor
+    sizes = f"{below} or {below + factor}" if below else factor
+    require("image_size", data.image_size % factor == 0, f"divisible by {factor}, for {len(mult)} resolutions, as {sizes} is")
     has = resolutions(config)
     require("attn_resolutions", set(net.attn_resolutions) <= set(has), f"some of the network's resolutions, {has}")
     require("model_channels", net.model_channels % 4 == 0, "a multiple of 4")
@@ -355,6 +397,7 @@ def check(config):
         require("dsm_share", split, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     for name in ("sde", "churn"):
         require(name, not (flow_map and values[name]), "left out, since the flow map has no SDE and no churn")
+    require("guidance", not flow_map or sampling.guidance == 1, "left out: a flow map has that of its training")
     require("churn", not (sampling.sde and sampling.churn), "left out with --sde, which adds noise at every step itself")
     require("s_min", sampling.s_min <= sampling.s_max, f"at most s_max, which is {sampling.s_max}")
     must = f"below label_dim, which is {net.label_dim}" if net.label_dim else "left out, since the model has no classes"
@@ -380,6 +423,8 @@ class TrainRun(InceptionFile):
     workdir: str | None = file("folder for checkpoints, metrics and pictures; logs/{data_name}-{mode} if left out")
     teacher: str | None = file("checkpoint of the denoiser to distil (mode characteristic)")
     resume: str | None = file("checkpoint that a run in a new --workdir begins from")
+    init: str | None = file("checkpoint whose averaged weights a new run begins with, where they fit: fine-tuning")
+    conditional: bool = setting(False, "condition on the classes found in the data: --label_dim is their number")
     fresh: bool = setting(False, "begin anew; refused where --workdir holds a run, unless with --force")
     force: bool = setting(False, "with --fresh: remove the checkpoints, metrics and pictures of the run that --workdir holds")
     dry_run: bool = setting(False, "say how large the run would be and how long it would take, and leave")
@@ -394,8 +439,10 @@ class EvalRun:
     """files and seeds"""
 
     checkpoint: str | None = file("checkpoint to sample from")
+    guide: str | None = file("a weaker denoiser that --guidance pushes away from: autoguidance")
     workdir: str | None = file("folder for the images")
     format: str = setting("png", "png: a file for each seed; npz: all in images.npz, as `arr_0`", choices=("png", "npz"))
+    raw: bool = setting(False, "draw with the weights of the last step, not with their moving average")
     start_seed: int = setting(0, "first seed")
     end_seed: int = setting(49999, "last seed, included")
 
@@ -412,6 +459,7 @@ class FidRun(InceptionFile):
     checkpoint: str | None = file("instead of --img_folder, the model to draw images from, as eval.py does")
     start_seed: int = setting(0, "with --checkpoint: first seed")
     end_seed: int = setting(49999, "with --checkpoint: last seed, included")
+    guide: str | None = file("with --checkpoint: a weaker denoiser that --guidance pushes away from")
     stat_path: str | None = file("instead of --img_folder, the npz file that --mode gen made of them (fid)")
     ref_path: str | None = file("npz file with the reference's statistics (fid)")
     features: str = setting(
@@ -434,10 +482,12 @@ class TeaserRun:
     """picture"""
 
     checkpoint: str | None = file("checkpoint to sample from")
+    guide: str | None = file("a weaker denoiser that --guidance pushes away from: autoguidance")
     dest: str | None = file("PNG file for the picture; teaser-{mode}.png beside the checkpoint if left out", ".png")
     start_seed: int = setting(0, "first seed; the next ones follow")
     nsampling: int = setting(64, "images in the grid; with --trajectory, rows")
     columns: int = setting(0, "images in a row of the grid; 0 for a square")
+    per_class: bool = setting(False, "a row for each class, with its name; --columns images in it (10)")
     trajectory: bool = setting(False, "a row for each image: the states from noise to data, up to 11 of them")
 
 
@@ -455,6 +505,16 @@ class CompareRun(InceptionFile):
     images: str | None = file("folder with images of eval.py in folders {mode}-{steps}, to score instead of making them again")
 
 
+@dataclass(frozen=True)
+class PublishRun:
+    """weights"""
+
+    src: str | None = file("checkpoint of training, of others, or a pickle of EDM's", positional=True)
+    dest: str | None = file("file to write", ".pth", positional=True)
+    half: bool = setting(False, "weights in float16, which takes half the size")
+    raw: bool = setting(False, "the weights of the last step, not their moving average")
+
+
 OF_MODEL, THEIRS = ("task", "data", "network", "sampling", "speed"), "the checkpoint's"
 MODEL_SETTINGS = {f.name for name in OF_MODEL for f in fields(SECTIONS[name])}
 SCRIPTS = {
@@ -464,6 +524,7 @@ SCRIPTS = {
     "teaser": (TeaserRun, OF_MODEL, THEIRS),
     "fid": (FidRun, OF_MODEL[1:], "the checkpoint's, or by preset"),
     "compare": (CompareRun, OF_MODEL[1:], THEIRS),
+    "checkpoint": (PublishRun, (), None),
 }
 
 
@@ -481,6 +542,18 @@ def _boolean(text):
     return text.lower() in ("true", "1", "yes")
 
 
+def _number_or_word(kind):
+    """A reader of numbers, and of what is no number as it is."""
+
+    def read(text):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return read
+
+
 def _one_of(known):
     """A reader of names whose spelling does not matter: DDPMpp and DDPM++ are ddpmpp."""
     return lambda text: next((name for name in known if name == text.lower().replace("+", "p")), text)
@@ -496,12 +569,16 @@ def _path(ending):
     return read
 
 
-def _add(parser, f, default):
+def _add(parser, f, default, bare):
     options = {"help": f"{f.metadata['help']} (default: {default})".replace("%", "%%"), "default": argparse.SUPPRESS}
     kind = next((k for k in typing.get_args(f.type) if k is not type(None)), f.type)  # `int | None`, tuple[int, ...] -> int
     known, ending = choices(f), f.metadata["path"]
-    if known:
+    if f.metadata["positional"]:
+        parser.add_argument(f.name, type=_path(ending), help=f.metadata["help"])
+    elif known:
         parser.add_argument(f"--{f.name}", type=_one_of(known) if kind is str else kind, choices=known, **options)
+    elif kind is bool and bare:  # a value that may follow would swallow the first positional
+        parser.add_argument(f"--{f.name}", action="store_true", **options)
     elif kind is bool:
         parser.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, metavar="True|False", **options)
         parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", **{**options, "help": argparse.SUPPRESS})
@@ -510,7 +587,8 @@ def _add(parser, f, default):
     elif ending is not None:
         parser.add_argument(f"--{f.name}", type=_path(ending), metavar="PATH", **options)
     else:
-        parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), **options)
+        read = _number_or_word(kind) if f.name in WORDS else kind
+        parser.add_argument(f"--{f.name}", type=read, metavar=kind.__name__.upper(), **options)
 
 
 def parse(script, argv=None, description=""):
@@ -520,7 +598,8 @@ def parse(script, argv=None, description=""):
     """
     own, sections, source = SCRIPTS[script]
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, formatter_class=formatter, epilog=_preset_table(sections), allow_abbrev=False)
+    presets = _preset_table(sections) if sections else None
+    parser = _Parser(description=description, formatter_class=formatter, epilog=presets, allow_abbrev=False)
     by_preset = {name for key in TRAIN_PRESETS for name in preset(*key)}
     for title, section in [(own.__doc__, own), *((name, SECTIONS[name]) for name in sections)]:
         group = parser.add_argument_group("distil, for --mode characteristic" if section is Distil else title)
@@ -528,7 +607,7 @@ def parse(script, argv=None, description=""):
             if f.metadata["flag"] and (section is own or f.name not in {mine.name for mine in fields(own)}):
                 default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
                 default = {None: "none", "": "none"}.get(default, "by preset" if f.name in by_preset else default)
-                _add(group, f, default if section is own else source or default)
+                _add(group, f, default if section is own else source or default, bare=not sections)
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     mine = {f.name: flags.pop(f.name) for f in fields(own) if f.name in flags}
     return own(**mine), flags
@@ -550,4 +629,6 @@ def _preset_table(sections):
             row = (values.get(name, f.default) for values in presets)
             row = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value) for value in row)
             lines.append(f"  {name:18}" + "".join(f"{text:15}" for text in row).rstrip())
+    sizes = ", ".join(map(str, FOLDER_PRESETS))
+    lines.append(f"folder has smaller networks and shorter runs for an image_size of up to {sizes}: --dry_run shows them")
     return "\n".join(lines)

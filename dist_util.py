@@ -20,7 +20,14 @@ def _leave(number, frame):
 
 
 _script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
-if _script.parent == Path(__file__).resolve().parent and _script.stem in ("train", "eval", "fid", "teaser", "compare"):
+if _script.parent == Path(__file__).resolve().parent and _script.stem in (
+    "train",
+    "eval",
+    "fid",
+    "teaser",
+    "compare",
+    "checkpoint",
+):
     for _number in SIGNALS:  # its imports take seconds, in which Ctrl-C would be a traceback; launch() has better answers
         signal.signal(_number, _leave)
     if {"-h", "--help"} & set(sys.argv[1:]):  # which is to be there at once, so before torch

@@ -117,7 +117,7 @@ def main():
     defaults.required(run, "checkpoint", "workdir")
     generator.check_seeds(run.start_seed, run.end_seed)
     with dist_util.session() as device:
-        trained = dist_util.agree(lambda: generator.load_model(run.checkpoint, flags, device))
+        trained = dist_util.agree(lambda: generator.load_model(run.checkpoint, flags, device, run.raw, run.guide))
         workdir = Path(run.workdir)
         dist_util.on_first_rank(lambda: prepare(workdir, trained, run))
         make = make_pngs if run.format == "png" else make_npz

@@ -423,7 +423,7 @@ def open_source(run, flags, device):
         return source, {"source": name}
     if run.img_folder:
         return dataset.open_images(run.img_folder)
-    trained = generator.load_model(run.checkpoint, flags, device)
+    trained = generator.load_model(run.checkpoint, flags, device, guide=run.guide)
     seeds = range(run.start_seed, run.end_seed + 1)
     return generator.Generated(trained, seeds), {"source": str(run.checkpoint), "made_by": trained.record(seeds)}
 
@@ -449,7 +449,7 @@ def check(run, flags):
     takes = ("ref_path", "csv", "force", *sources) if run.mode == "fid" else ("dest", *sources)
     given = [f.name for f in fields(defaults.FidRun) if getattr(run, f.name) != f.default] + list(flags)
     places = ("dest", "ref_path", "stat_path", "img_folder", "checkpoint", "csv", "force")
-    drawing = ("start_seed", "end_seed", *(f.name for f in fields(defaults.Network) + fields(defaults.Sampling)))
+    drawing = ("start_seed", "end_seed", "guide", *(f.name for f in fields(defaults.Network) + fields(defaults.Sampling)))
     reading = [f.name for f in fields(defaults.Data) if f.name not in ("data_name", "num_workers")]
 
     def refuse(names, why):

@@ -24,7 +24,7 @@ CHURN = ("churn", "s_min", "s_max", "gamma")
 
 @dataclass
 class Trained:
-    """A model ready to sample from: moving-average weights, evaluation mode, no gradients."""
+    """A model ready to sample from: weights, of the moving average unless `raw`, in evaluation mode, without gradients."""
 
     model: network.Denoiser
     config: defaults.Config
@@ -32,6 +32,8 @@ class Trained:
     step: int
     path: str
     knows_mean: bool = True
+    raw: bool = False  # weights of the last step
+    guide: "Trained | None" = None  # a weaker one, for autoguidance
 
     @property
     def is_flow_map(self):
@@ -55,14 +57,19 @@ class Trained:
         """How the images of these seeds are made: what eval.json and statistics hold about them."""
         plain = defaults.to_dict(self.config)
         if self.is_flow_map:  # which uses none of these
-            plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in ("ode_solver", "sde", *CHURN)}
+            unused = ("ode_solver", "guidance", "sde", *CHURN)
+            plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in unused}
         file = {"checkpoint": str(self.path), "sha256": misc.file_hash(self.path), "step": self.step}
+        file |= {"raw": True} if self.raw else {}
+        file |= {"guide": misc.file_hash(self.guide.path)} if self.guide else {}
         return {**file, "nfe": nfe(self.config), "start_seed": seeds[0], "end_seed": seeds[-1], "config": plain}
 
 
-def load_model(path, flags=(), device="cpu"):
+def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     """The Trained of a checkpoint, with flags {setting: value} over its settings of sampling; UserError where they disagree.
 
+    With `raw`, of the weights of its last step.  The flag class_idx may be the name of a class.  `guide` is the path of a
+    weaker denoiser, for the flag guidance.
     A checkpoint without configuration, as others publish, takes everything from flags and presets.  A pickle of EDM's has one
     but for the name of its data.
     """
@@ -74,6 +81,8 @@ def load_model(path, flags=(), device="cpu"):
         config = defaults.from_dict(content["config"])
         if "step" not in content and "data_name" in flags:
             config = defaults.resolve({"data_name": flags["data_name"]}, config)
+        if isinstance(flags.get("class_idx"), str):
+            flags["class_idx"] = class_number(config, flags["class_idx"], path)
         config = checkpoint.override(config, flags, path)
     elif "data_name" not in flags:
         raise UserError(f"{path} has no configuration: say --data_name, and its network's flags where they differ")
@@ -83,7 +92,9 @@ def load_model(path, flags=(), device="cpu"):
             raise UserError(f"--mode is {flags['mode']}, but the weights in {path} are those of mode {mode}")
         config = defaults.resolve(flags)
     model = checkpoint.build_model(config).eval().requires_grad_(False)
-    checkpoint.load_weights(model.net, content["ema"], path)
+    if raw and not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} holds no weights of its last step: leave --raw out")
+    checkpoint.load_weights(model.net, content["model" if raw else "ema"], path)
     data, knows_mean = config.data, "mean" in content
     if not knows_mean and "config" not in content:
         misc.log(f"{path} does not hold the mean of its data: sampling starts from noise without it")
@@ -92,7 +103,56 @@ def load_model(path, flags=(), device="cpu"):
     model = model.to(device)
     if config.speed.compile:
         network.compile_in_place(model.net)
-    return Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean)
+    found = Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean, raw)
+    return replace(found, guide=load_guide(found, guide, device)) if guide or config.sampling.guidance != 1 else found
+
+
+def check_guidance(trained):
+    """UserError unless a denoiser knows both images of a class and images without."""
+    net = trained.config.network
+    if not (net.label_dim and net.label_dropout):
+        why = "trained with --label_dropout" if net.label_dim else "conditional"
+        raise UserError(f"--guidance: {trained.path} must be {why}, or --guide name a weaker denoiser")
+
+
+def load_guide(trained, path, device):
+    """The Trained at `path` that guides another one, or None for a guide that is its own; UserError where that cannot be."""
+    net, sampling = trained.config.network, trained.config.sampling
+    if path is None:
+        check_guidance(trained)
+        return None
+    if sampling.guidance == 1 or trained.is_flow_map:
+        raise UserError("--guide is for the ODE of a denoiser with --guidance above 1: add it, or leave --guide out")
+    guide = load_model(path, device=device)
+    if guide.is_flow_map or guide.mean.shape != trained.mean.shape or guide.config.network.label_dim not in (0, net.label_dim):
+        raise UserError(f"--guide {path} must be a denoiser of images and classes as {trained.path} has")
+    if guide.config.data.centered != trained.config.data.centered:
+        raise UserError(f"--guide {path} has another range of pixels than {trained.path}: see --centered")
+    return guide
+
+
+def guided(trained, w):
+    """D(x, t, label=) of a denoiser with guidance w: against its guide's or, without one, against its own without a class."""
+    if w == 1:
+        return trained.model
+
+    def denoise(x, t, label=None):
+        if trained.guide:
+            weak = trained.guide.model(x, t, label=label if trained.guide.config.network.label_dim else None)
+            return sde.guided(trained.model(x, t, label=label), weak, w)
+        twice = torch.cat([label, torch.zeros_like(label)])
+        return sde.guided(*trained.model(torch.cat([x, x]), torch.cat([t, t]), label=twice).chunk(2), w)
+
+    return denoise
+
+
+def class_number(config, name, path):
+    """The number of a class; UserError if the checkpoint's configuration knows none of this name."""
+    known = config.data.class_names
+    if name not in known or not config.network.label_dim:
+        held = f"it knows {', '.join(known)}" if config.network.label_dim and any(known) else "it has no classes with names"
+        raise UserError(f"--class_idx is {name}, and {path} has no such class: {held}")
+    return known.index(name)
 
 
 NO_MATTER = ("eval_bsz", "data_path", "num_workers", "dropout", "label_dropout", "compile")  # to images, but for rounding
@@ -104,6 +164,7 @@ def differences(record, found):
     Settings that the found one lacks, from an earlier version, have their defaults.
     """
     names = ["checkpoint"] if found.get("sha256") != record["sha256"] else []
+    names += [name for name in ("raw", "guide") if found.get(name) != record.get(name)]
     usual = defaults.to_dict(defaults.Config())
     for section, settings in record["config"].items():
         theirs = {**usual[section], **found.get("config", {}).get(section, {})}
@@ -163,7 +224,7 @@ def nfe(config):
         return x
 
     list(trajectory(config, model, torch.zeros(1, 1), lambda: torch.zeros(1, 1)))
-    return len(calls)
+    return len(calls) * (1 if config.sampling.guidance == 1 else 2)
 
 
 @torch.no_grad()
@@ -179,7 +240,8 @@ def solve(trained, seeds):
         label = torch.full((len(seeds),), config.sampling.class_idx, device=mean.device)
     elif label_dim:
         label = torch.cat([torch.randint(label_dim, (1,), generator=g) for g in noise.generators]).to(mean.device)
-    yield from trajectory(config, trained.model, x, noise, dataset.one_hot(label, label_dim))
+    denoise = guided(trained, config.sampling.guidance)
+    yield from trajectory(config, denoise, x, noise, dataset.one_hot(label, label_dim))
 
 
 def generate(trained, seeds, desc="sampling"):

@@ -282,7 +282,7 @@ def pair_probabilities(K, one_step, to_data):
     return p
 
 
-def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_data=False):
+def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_data=False, target=None):
     """Paper's regression on discretised characteristics, and the stage-1 loss at s = t, in one forward pass.
 
     denoise     D(x, t, s) of the student
@@ -290,6 +290,7 @@ def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_d
     x0, z, t    (B', ...) images and noise and (B',) times for the stage-1 loss; B' may be 0
     on_data     compare the images D(x_k, t_k, t_l) and data_between(x_k, x_l) instead: equal exactly when the states are, and
                 free of noise, for a distance that is meant for images
+    target      (B', ...) what the stage-1 loss asks for instead of x0: what a guided teacher says
     Returns the distances of G(x_k, t_k, t_l) to x_l, (B,), and the stage-1 losses, (B',).
     """
     x_k, x_l = states
@@ -299,10 +300,10 @@ def trajectory_losses(denoise, states, k, l, ts, x0, z, t, sigma, distance, on_d
         distances = distance(d_k, data_between(x_k, x_l, ts[k], ts[l]))
     else:
         distances = distance(transport(x_k, d_k, ts[k], ts[l]), x_l)
-    return distances, denoising_loss(d_0, x0, t, sigma)
+    return distances, denoising_loss(d_0, x0 if target is None else target, t, sigma)
 
 
-def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, sigma, distance):
+def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, sigma, distance, target=None):
     """Consistency of the flow map along the teacher's ODE (as in CTM, arXiv 2310.02279), and the stage-1 loss.
 
     With t = ts[i] > u = ts[i + n] >= s = ts[k] and x_u found from x_t by n teacher steps, compares G_ema(G(x_t, t, s), s, 0)
@@ -312,6 +313,7 @@ def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, s
     teacher_step   step(x, t, s)
     i, n, k        (B,) indices i and k into the grid ts (K + 1,), and the number n of teacher steps, for all images the same
     x0, z          (B, ...) images and noise at time ts[i]; z_dsm, t: noise and times of the stage-1 loss on the same images
+    target         as in trajectory_losses
     Returns the distances and the stage-1 losses, (B,) each.
     """
     x_t, x_dsm = interpolate(x0, z, ts[i]), interpolate(x0, z_dsm, t)
@@ -324,10 +326,19 @@ def semigroup_losses(denoise, ema, teacher_step, x0, z, i, n, k, ts, z_dsm, t, s
         x_u = x_t
         for done in range(n):
             x_u = teacher_step(x_u, ts[i + done], ts[i + done + 1])
-        target = to_data(transport(x_u, denoise(x_u, ts[i + n], s), ts[i + n], s))
+        stepped = to_data(transport(x_u, denoise(x_u, ts[i + n], s), ts[i + n], s))
     d, d_dsm = denoise(torch.cat([x_t, x_dsm]), torch.cat([ts[i], t]), torch.cat([s, t])).chunk(2)
     estimate = to_data(transport(x_t, d, ts[i], s))
-    return distance(estimate, target), denoising_loss(d_dsm, x0, t, sigma)
+    return distance(estimate, stepped), denoising_loss(d_dsm, x0 if target is None else target, t, sigma)
+
+
+def guided(strong, weak, w):
+    """weak + w (strong - weak): the denoiser `strong` pushed away from a `weak` one; `strong` itself for w = 1.
+
+    With the denoiser of all classes as `weak` it is classifier-free guidance (arXiv 2207.12598), with a worse network of the
+    same data autoguidance (arXiv 2406.02507).
+    """
+    return weak + w * (strong - weak)
 
 
 def adaptive_weight(gradient, other):

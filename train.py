@@ -8,6 +8,7 @@ torchrun --standalone --nproc_per_node=4 train.py --data_name cifar --mode denoi
 import dist_util
 from dist_util import Stopped, UserError
 
+import dataclasses
 import datetime
 import json
 import math
@@ -82,16 +83,25 @@ class Distillation(Objective):
         ts = sde.grid(distil.grid_steps, 1 - train.train_eps1, train.train_eps0, distil.grid_rho)
         self.ts = ts.to(self.teacher.mean.device)
         self.ratio = None
+        self.denoise = generator.guided(self.teacher, distil.teacher_guidance)  # the teacher's, of the ODE to distil
 
     def teacher_step(self, label):
         """The step(x, t, s) of the teacher's ODE along one trajectory."""
-        return sde.solver(self.config.distil.teacher_solver, lambda x, t: self.teacher.model(x, t, label=label))
+        return sde.solver(self.config.distil.teacher_solver, lambda x, t: self.denoise(x, t, label=label))
+
+    @torch.no_grad()
+    def target(self, x0, z, t, label):
+        """What the stage-1 loss asks for: a guided teacher is not what the data say, so its word; else None, the data."""
+        if self.config.distil.teacher_guidance == 1 or not len(x0):
+            return None
+        return self.denoise(sde.interpolate(x0, z, t), t, label=label)
 
     def evaluations(self):
         """Those of the teacher for one solution on the grid."""
         train, distil = self.config.train, self.config.distil
         grid = {"num_steps": distil.grid_steps, "rho": distil.grid_rho, "sde": False, "churn": False}
         grid |= {"eval_eps0": train.train_eps0, "eval_eps1": train.train_eps1, "ode_solver": distil.teacher_solver}
+        grid |= {"guidance": distil.teacher_guidance, "time_grid": "t"}
         return generator.nfe(self.teacher.config.replace("sampling", **grid))
 
     def combine(self, distance, denoising, place):
@@ -142,7 +152,8 @@ class Trajectory(Distillation):
         about = {"ranks": dist_util.world_size(), "device": self.ts.device.type, "torch": torch.__version__}
         about |= {name: value for name, value in defaults.to_dict(self.config).items() if name in ("data", "network", "speed")}
         about |= {name: getattr(self.config.train, name) for name in ("seed", "global_bsz", "bsz", "train_eps0", "train_eps1")}
-        about |= {name: getattr(distil, name) for name in ("teacher_solver", "grid_steps", "grid_rho", "bank_dtype")}
+        about |= {name: getattr(distil, name) for name in ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho")}
+        about["bank_dtype"] = distil.bank_dtype
         about |= {"teacher": misc.file_hash(self.teacher.path)} if folder else {}
         form = (self.slots, shape, getattr(torch, distil.bank_dtype), self.ts.device)
         self.bank = dist_util.agree(lambda: workdir.Bank(folder, about, *form))
@@ -198,12 +209,13 @@ class Trajectory(Distillation):
         states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
         t, z = training_times(n_dsm, train, generator), normal(x0, generator)
+        target = self.target(x0, z, t, label if label is None else label[:n_dsm])
         if label is not None:
             label = torch.cat([dataset.one_hot(self.labels[slot, which], network.label_dim), label[:n_dsm]])
         denoise = lambda x, t, s: self.model(x, t, s, label)  # noqa: E731
         on_data = distil.loss_norm == "lpips"
         distances, dsm = sde.trajectory_losses(
-            denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), network.sigma_data, self.distance, on_data
+            *(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), network.sigma_data, self.distance, on_data, target)
         )
         # This part has n of the step's pairs and n_dsm of its images for stage 1.  Other parts may have one more or less, so
         # the means are weighted: in the mean over all parts, each pair and each image of the step counts the same.
@@ -243,6 +255,7 @@ class Semigroup(Distillation):
             *(x0, z, i, steps, k, self.ts, z_dsm, t.to(self.ts.dtype)),
             self.config.network.sigma_data,
             self.distance,
+            self.target(x0, z_dsm, t, label),
         )
         return self.combine(distances.mean(), dsm.mean() if self.config.distil.dsm_weight else None, place)
 
@@ -299,6 +312,41 @@ def seed_round(generator, seed, step, r):
     torch.manual_seed(misc.derive_seed(seed, "dropout", step, r, dist_util.rank()))
 
 
+class Validation:
+    """Denoising loss on up to 2,048 held-out images, always at the same times and with the same noise; all ranks take part."""
+
+    bins = 10  # of times, evenly spaced
+
+    def __init__(self, config, device):
+        if config.data.split == "test":
+            raise UserError("--val_freq is for images that are held out, and --split test trains on them: leave one out")
+        data = dataclasses.replace(config.data, split="test", flip=False)
+        held = dist_util.agree(lambda: dataset.load(data))
+        names = dataset.check_classes(held, config.network.label_dim)[0]
+        if config.network.label_dim and names != config.data.class_names:
+            raise UserError(f"--split test has the classes {', '.join(names)}, not those of the training images")
+        n, self.config = min(len(held), 2048), config
+        images, labels = dist_util.agree(lambda: held.batch([i * len(held) // n for i in range(n)]))
+        generator = torch.Generator().manual_seed(0)
+        place = (torch.randperm(n, generator=generator) + 0.5) / n  # of classes, which are often in order, each gets all times
+        t = config.train.train_eps0 + (1 - config.train.train_eps0) * place
+        z, x0 = torch.randn(images.shape, generator=generator), dataset.to_model(images, config.data.centered)
+        mine = slice(dist_util.rank(), None, dist_util.world_size())
+        whole = (x0, z, t, dataset.one_hot(labels, config.network.label_dim), (self.bins * place).long())
+        self.parts = [part if part is None else part[mine].to(device) for part in whole]
+
+    @torch.no_grad()
+    def __call__(self, trained, poll):
+        sums = torch.zeros(2, self.bins, dtype=torch.float64)
+        for i in range(0, len(self.parts[0]), self.config.sampling.eval_bsz):
+            x0, z, t, label, bins = (p if p is None else p[i : i + self.config.sampling.eval_bsz] for p in self.parts)
+            d = trained.model(sde.interpolate(x0, z, t), t, t if trained.is_flow_map else None, label)
+            losses = sde.denoising_loss(d, x0, t, self.config.network.sigma_data).double().cpu()
+            sums.index_add_(1, bins.cpu(), torch.stack([losses, torch.ones_like(losses)]))
+        total, count = dist_util.sum_over_ranks(sums)
+        return {"val_loss": float(total.sum() / count.sum()), "val_bins": (total / count).tolist()}
+
+
 class Score:
     """Fréchet distance of --fid_num images to the statistics --ref_path, in their feature space; all ranks take part."""
 
@@ -311,7 +359,8 @@ class Score:
 
     def __call__(self, trained, poll):
         images = fid.measure(generator.Generated(trained, range(self.count), poll), self.extract)
-        return dist_util.on_first_rank(lambda: fid.frechet_distance(self.reference, images))
+        distance = dist_util.on_first_rank(lambda: fid.frechet_distance(self.reference, images))
+        return {self.name: distance, "images_scored": self.count}
 
 
 def draw_samples(folder, trained, step):
@@ -339,17 +388,21 @@ class Training:
             raise UserError(f"the ranks see different runs in --workdir {plan.workdir}: put it where all machines see the same")
         defaults.choose("objective", plan.config.distil.objective, OBJECTIVES)
         defaults.choose("loss_norm", plan.config.distil.loss_norm, (*sde.DISTANCES, "lpips"))
-        config, images, fingerprint = load_data(plan, flags)
+        config, self.images, fingerprint, mean = load_data(run, plan, flags, device)
         if run.ref_path and not config.train.fid_freq:
             raise UserError("--ref_path is for --fid_freq, the steps between scores: add it, or leave --ref_path out")
-        self.score = Score(run, config, images.shape, device) if config.train.fid_freq else None
+        self.scores = []  # (steps between them, the name of what is found, function)
+        if config.train.val_freq:
+            self.scores.append((config.train.val_freq, "val_loss", Validation(config, device)))
+        if config.train.fid_freq:
+            score = Score(run, config, self.images.shape, device)
+            self.scores.append((config.train.fid_freq, score.name, score))
         distance = make_distance(run, config, device) if plan.teacher else None
         for name, section in defaults.to_dict(config).items():
             shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
-        self.plan, self.images = plan, dist_util.agree(lambda: dataset.resident(images, device))
-        self.state = make_state(plan, config, self.images, fingerprint, device)
+        self.plan, self.state = plan, make_state(plan, config, self.images, fingerprint, mean)
         self.rounds = config.train.global_bsz // (config.train.bsz * dist_util.world_size())
         self.model = dist_util.parallel(self.state.model, static=plan.teacher is None and self.rounds == 1)
         kind = OBJECTIVES[config.distil.objective] if plan.teacher else Denoising
@@ -460,6 +513,7 @@ class Training:
             meter.waited += time.perf_counter() - begun
         seed_round(self.generator, train.seed, self.state.step, r)
         x0 = dataset.to_model(images.to(device, non_blocking=True), self.config.data.centered)
+        x0 = dataset.flip(x0, self.generator) if self.config.data.flip else x0
         place = (r * dist_util.world_size() + dist_util.rank()) * train.bsz
         return x0, dataset.one_hot(labels.to(device, non_blocking=True), self.config.network.label_dim), self.generator, place
 
@@ -514,16 +568,15 @@ class Training:
         if self.due(config.train.sampling_freq):
             missing = new or not (self.folder / "samples" / f"{done:06d}.png").exists()
             dist_util.on_first_rank(lambda: missing and draw_samples(self.folder, trained, done))
-        if not self.score or not self.due(config.train.fid_freq):
-            return
-        known = not new and any(x["step"] == done and self.score.name in x for x in workdir.read_metrics(self.folder))
-        if not dist_util.gather(known)[0]:
-            self.save()
-            value = self.score(trained, self.stop.poll)
-            if dist_util.rank() == 0:
-                self.note({"step": done, self.score.name: value, "images_scored": config.train.fid_num})
-                self.shown[self.score.name] = f"{value:.4f}"
-                self.bar.set_postfix(self.shown)
+        for freq, name, score in self.scores:
+            known = not new and any(x["step"] == done and name in x for x in workdir.read_metrics(self.folder))
+            if self.due(freq) and not dist_util.gather(known)[0]:
+                self.save()
+                found = score(trained, self.stop.poll)
+                if dist_util.rank() == 0:
+                    self.note({"step": done, **found})
+                    self.shown[name] = f"{found[name]:.4f}"
+                    self.bar.set_postfix(self.shown)
 
     def give_up(self, what):
         held = checkpoint.latest_checkpoint(self.folder)
@@ -531,35 +584,41 @@ class Training:
         raise UserError(f"{what}, up to step {self.state.step}: look at the data, or begin {again} a lower --lr")
 
 
-def load_data(plan, flags):
-    """(configuration, images, their fingerprint) of a Plan, on all ranks; the configuration with what was found."""
-    config = workdir.fit_to_ranks(plan, flags)
+def load_data(run, plan, flags, device):
+    """(configuration, images, their fingerprint, their mean) of a Plan, on all ranks; the configuration with what was found."""
+    config, teacher = workdir.fit_to_ranks(plan, flags), plan.teacher
     may_download = plan.saved is None or "data_path" in flags  # else it may be looking where the run did not
     images = dist_util.agree(lambda: dataset.load(config.data, may_download))
     fingerprint = dist_util.gather(dist_util.on_first_rank(lambda: workdir.check_data(images, plan)))[0]
+    if run.conditional:
+        config = workdir.condition(config, plan, len(images.class_names))
     names, counts = dataset.check_classes(images, config.network.label_dim)
     if isinstance(images, dataset.ImageFiles):
         if plan.workdir.resolve().is_relative_to(images.path.resolve()):
             raise UserError(f"--workdir {plan.workdir} lies in --data_path: its pictures would be data; choose another")
         for line in images.conversions() if dist_util.rank() == 0 else ():
             misc.log(line)
-    return config.replace("data", class_names=names, class_counts=counts), images, fingerprint
+    images = dist_util.agree(lambda: dataset.resident(images, device))
+    if plan.saved or teacher and teacher.knows_mean:
+        mean = plan.saved.mean if plan.saved else teacher.mean
+    else:
+        mean, sigma = dataset.data_moments(images, config.data)
+        if plan.measures_sigma:
+            config = defaults.resolve({"sigma_data": round(sigma, 4)}, config)
+    return config.replace("data", class_names=names, class_counts=counts), images, fingerprint, mean.to(device)
 
 
-def make_state(plan, config, images, fingerprint, device):
+def make_state(plan, config, images, fingerprint, mean):
     """The TrainingState that a run begins with or goes on from."""
     teacher = plan.teacher
-    if plan.saved:
-        mean = plan.saved.mean.to(device)
-    elif teacher and teacher.knows_mean:
-        mean = teacher.mean
-    else:
-        mean = dataset.data_mean(images, config.data.centered, num_workers=config.data.num_workers).to(device)
     torch.manual_seed(config.train.seed)
-    model = checkpoint.build_model(config).to(device).train()
+    model = checkpoint.build_model(config).to(mean.device).train()
     if teacher:
         teacher.mean, teacher.model = mean, teacher.model.at(config.speed.precision)
         network.start_from_teacher(model.net, teacher.model.net)
+    if plan.init:
+        for line in checkpoint.init_weights(model.net, checkpoint.read(plan.init)["ema"], plan.init):
+            misc.log(line)
     state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file)
     if plan.saved:
         state.restore(plan.saved)

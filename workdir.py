@@ -32,7 +32,8 @@ import misc
 import network
 
 # What may change when the same run continues; docs/reliability.md says what bsz and train_steps do to it.
-FREE = ("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "fid_freq", "fid_num", "eval_bsz")
+FREE = ("train_steps", "bsz", "log_freq", "sampling_freq", "dump_freq", "nsampling", "val_freq")
+FREE += ("fid_freq", "fid_num", "eval_bsz")
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Plan:
     teacher: generator.Trained | None
     teacher_file: dict | None  # path and sha256
     in_place: bool  # whether it continues what is in its own workdir
+    init: str | None  # the checkpoint whose weights a new run begins with
+    measures_sigma: bool  # --sigma_data auto
 
     @property
     def start(self):
@@ -67,6 +70,13 @@ def make_plan(run, flags, device):
         misc.log(f"{workdir} holds metrics but no checkpoint: the run begins anew there")
     named = load_named(run, workdir, held)
     saved = held or named
+    if run.init and run.resume:
+        raise UserError("--resume goes on with a run and --init begins one: leave one out")
+    measures_sigma = flags.get("sigma_data") == "auto"
+    if measures_sigma:
+        if run.teacher:
+            raise UserError("--sigma_data auto is for stage 1: the flow map has its teacher's")
+        flags = {name: value for name, value in flags.items() if name != "sigma_data"}
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
     if named and flags.get("mode", mode) != mode:
         raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 takes --teacher alone")
@@ -80,18 +90,47 @@ def make_plan(run, flags, device):
         config = checkpoint.override(saved.config, flags, saved.path, **strict)
     teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
     if not saved:
-        inherited = {}
+        inherited = init_network(run.init) if run.init and not teacher else {}
         if teacher:  # the flow map begins where the teacher's sampling does
             inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0}
             inherited |= dict.fromkeys(("train_eps1", "eval_eps1"), teacher.config.sampling.eval_eps1)
         config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
+    if teacher and config.distil.teacher_guidance != 1:
+        generator.check_guidance(teacher)
+    if not teacher and config.sampling.guidance != 1:
+        raise UserError("--guidance is for sampling, and for stage 2, which distils it: leave it out")
     if saved and (saved.step > config.train.train_steps or named and named.step == config.train.train_steps):
         raise UserError(f"{saved.path} is at step {saved.step} already: to train longer, raise --train_steps")
     check_room(config, workdir)
     origin = held.origin if held else None
     if named:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
-    return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None)
+    init = None if saved else run.init
+    return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None, init, measures_sigma)
+
+
+def init_network(path):
+    """The settings of the network in a checkpoint, and its range of pixels; its classes are those of the new data."""
+    content = checkpoint.read(path)
+    config = defaults.from_dict(content["config"]) if "config" in content else None
+    found = {**vars(config.network), "centered": config.data.centered} if config else {}
+    return {name: value for name, value in found.items() if name not in ("label_dim", "label_dropout")}
+
+
+def condition(config, plan, classes):
+    """The configuration of a model that is conditional on so many classes; UserError where a checkpoint says otherwise."""
+    if classes < 2:
+        raise UserError("--conditional: the data has no classes; --data_path names what holds their folders")
+    if plan.saved or plan.teacher:
+        if config.network.label_dim != classes:
+            path = plan.saved.path if plan.saved else plan.teacher.path
+            raise UserError(f"--conditional: the data has {classes} classes, and {path} has {config.network.label_dim}")
+        return config
+    if config.network.label_dim not in (0, classes):
+        raise UserError(
+            f"--label_dim is {config.network.label_dim}, and the data has {classes} classes: --conditional is enough"
+        )
+    return config.replace("network", label_dim=classes)
 
 
 def choose_folder(run, flags):
@@ -353,7 +392,7 @@ def append_metrics(workdir, line):
 
 # Titles of panels, by what lines of metrics.jsonl hold; stage 1 calls its loss `loss`, stage 2 `denoising`.
 PANELS = {"loss": "denoising loss", "denoising": "denoising loss", "distance": "distance", "lr": "learning rate"}
-PANELS |= {"pixel_fid": "pixel FID", "fid": "FID"}
+PANELS |= {"val_loss": "held-out denoising loss", "pixel_fid": "pixel FID", "fid": "FID"}
 
 
 def draw_curves(workdir):
@@ -362,11 +401,15 @@ def draw_curves(workdir):
     held = {name for line in lines for name in line}
     if "distance" in held:
         held.discard("loss")  # stage 2's is a sum whose weight drifts
-    shown = [name for name in PANELS if name in held]
+    shown, bins = [name for name in PANELS if name in held], [line["val_bins"] for line in lines if "val_bins" in line]
     if shown:
-        figure, axes = misc.new_figure(len(shown), 3.2 * len(shown), 2.8)
+        panels = len(shown) + bool(bins)
+        figure, axes = misc.new_figure(panels, 3.2 * panels, 2.8)
         for ax, name in zip(axes, shown):
             steps, values = zip(*((line["step"], line[name]) for line in lines if name in line))
             ax.plot(steps, values, "." if len(steps) == 1 else "-")
             ax.set(title=PANELS[name], xlabel="step", yscale="linear" if name == "lr" else "log")
+        for values, style in zip((bins[0], bins[-1]) if bins else (), (":", "-")):  # dotted: the first time
+            axes[-1].plot([(i + 0.5) / len(values) for i in range(len(values))], values, style, color="C0")
+            axes[-1].set(title="held-out loss by time", xlabel="t", yscale="log")
         misc.write_figure(workdir / "loss.png", figure, dpi=100)

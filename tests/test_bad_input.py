@@ -18,6 +18,7 @@ from PIL import Image
 
 from conftest import SHORT_STAGE_1, SHORT_STAGE_2, TINY_NETWORK, launch
 from processes import Job
+from test_edm import small as edm
 
 TINY = " ".join(TINY_NETWORK)
 RUN, FLOW = (" ".join(command) for command in (SHORT_STAGE_1, SHORT_STAGE_2))
@@ -166,12 +167,34 @@ def drop(*path):
     return change
 
 
+def pickled(half=False, **options):
+    """x.pkl: a network as EDM publishes them."""
+
+    def make(p, models):
+        path = edm(p, **options).rename(p / "x.pkl")
+        if half:
+            path.write_bytes(path.read_bytes()[:2000])
+
+    return make
+
+
+def hostile_storage(p, models):
+    """x.pkl: the numbers of a tensor are a pickle of their own, as in torch's first format."""
+
+    class Storage:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (pickle.dumps(Hostile()),)
+
+    (p / "x.pkl").write_bytes(pickle.dumps({"ema": Storage()}))
+
+
 BIAS = "dec.8x8_aux_conv.bias"
+PICKLE = "eval.py --checkpoint x.pkl --workdir out --end_seed 1"
 EVAL, OUT = "eval.py --checkpoint x.pth --workdir out --end_seed 1", "--workdir out"
 RESUME = f"{RUN} --resume x.pth {OUT} --train_steps 9"
 ODE = "eval.py --checkpoint ode/latest.pth --workdir out"
 NPZ = "fid.py --ref_path ref.npz --stat_path x.npz"
-DATA = f"train.py --data_name folder --data_path x.zip --image_size 8 --image_channels 1 {TINY} --workdir out"
+DATA = f"train.py --data_name folder --data_path x.zip --image_size 8 --image_channels 1 {TINY} --bsz 64 --workdir out"
 GEN = "fid.py --mode gen --dest s.npz --img_folder"
 
 CASES = [
@@ -272,7 +295,7 @@ CASES = [
 
     # checkpoints: hostile, truncated, empty, foreign, of another network
     (nothing, "eval.py --checkpoint nowhere.pth --workdir out", "there is no checkpoint nowhere.pth"),
-    (put("x.pth", pickle.dumps(Hostile())), EVAL, "x.pth is not a checkpoint of tensors and plain values"),
+    (put("x.pth", pickle.dumps(Hostile())), EVAL, "x.pth is a pickle that is not loaded: it asks for io.open"),
     (half, EVAL, "x.pth is not a checkpoint of tensors and plain values, or it is damaged"),
     (put("x.pth", ""), EVAL, "x.pth is not a checkpoint"),
     (put("x.pth", "hello"), EVAL, "x.pth is not a checkpoint"),
@@ -298,6 +321,57 @@ CASES = [
     (copy("flow"), "eval.py --mode denoiser --checkpoint flow/latest.pth --workdir out", "--mode is denoiser and was char"),
     (copy("ode"), "eval.py --model_channels 64 --checkpoint ode/latest.pth --workdir out", "--model_channels is 64 and was 8"),
     (copy("flow"), "eval.py --sde --checkpoint flow/latest.pth --workdir out", "the flow map has no SDE"),
+
+    # pickles of EDM's form: hostile, damaged, of other networks
+    (put("x.pkl", b"\x80\x02cposix\nsystem\nX\x0e\x00\x00\x00touch executed\x85R."), PICKLE, "it asks for posix.system"),
+    (put("x.pkl", pickle.dumps({"ema": Hostile()})), PICKLE, "x.pkl is a pickle that is not loaded: it asks for io.open"),
+    (hostile_storage, PICKLE, "x.pkl is a pickle, but damaged"),
+    (pickled(half=True), PICKLE, "x.pkl is a pickle, but damaged or without one of EDM's networks"),
+    (put("x.pkl", pickle.dumps({"ema": {"w": 1}})), PICKLE, "or without one of EDM's networks as 'ema'"),
+    (put("x.pkl", pickle.dumps([1, 2])), PICKLE, "or without one of EDM's networks as 'ema'"),
+    (pickled(class_name="VPPrecond"), PICKLE, "x.pkl holds a VPPrecond of a SongUNet: of EDM's networks, EDMPrecond"),
+    (pickled(class_name="iDDPMPrecond"), PICKLE, "x.pkl holds a iDDPMPrecond"),
+    (pickled(model_type="DhariwalUNet"), PICKLE, "x.pkl holds a EDMPrecond of a DhariwalUNet"),
+    (pickled(class_name="Precond", model_type=None), PICKLE, "x.pkl holds a Precond"),
+    (pickled(encoder_type="skip"), PICKLE, "neither DDPM++ nor NCSN++"),
+    (pickled(label_dim="ten"), PICKLE, "x.pkl holds a network that does not fit"),
+    (pickled(model_channels=16), PICKLE, "x.pkl does not fit this network"),
+    (pickled(), f"{PICKLE} --data_name cifar", "image_size"),
+    (pickled(), f"{PICKLE} --guidance 2", "x.pkl must be conditional"),
+
+    # starting weights, classes, guidance, held-out images, published weights
+    (nothing, "train.py --bsz 64 --init nowhere.pth", "there is no checkpoint nowhere.pth"),
+    (checkpoint(lambda content: None), "train.py --init x.pth --resume x.pth", "leave one out"),
+    (lambda p, models: torch.save({"ema": {"a": torch.zeros(1)}}, p / "x.pth"), "train.py --bsz 64 --init x.pth --workdir out",
+     "--init x.pth: none of its 1 tensors fits this network"),
+    (nothing, "train.py --bsz 64 --sigma_data automatic", "sigma_data is 'automatic'"),
+    (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --sigma_data auto", "--sigma_data auto is for stage 1"),
+    (nothing, "train.py --bsz 64 --conditional --label_dim 3", "--label_dim is 3, and the data has 10 classes"),
+    (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --conditional", "has 10 classes, and ode/latest.pth has 0"),
+    (copy("ode"), f"{RUN} --workdir ode --conditional --train_steps 9", "has 10 classes, and ode/DDPMpp-000004.pth has 0"),
+    (put("x/a.png", png()), f"{DATA.replace('x.zip', 'x')} --conditional", "--conditional: the data has no classes"),
+    (put("x/a.png", png()), f"{DATA.replace('x.zip', 'x')} --split test", "must hold train/ and test/, and no other folders"),
+    (nothing, "train.py --bsz 64 --split test", "--split test: the digits are all for training"),
+    (nothing, "train.py --bsz 64 --val_freq 2", "--split test: the digits are all for training"),
+    (nothing, "train.py --val_freq -1", "--val_freq is -1"),
+    (nothing, "train.py --data_name folder --image_size 50", "divisible by 8, for 4 resolutions, as 48 or 56"),
+    (nothing, "train.py --bsz 64 --guidance 2", "--guidance is for sampling, and for stage 2"),
+    (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --guidance 2", "--guidance: ode/latest.pth must be conditional"),
+    (copy("ode"), f"{ODE} --guidance 2", "--guidance: ode/latest.pth must be conditional, or --guide name"),
+    (copy("ode"), f"{ODE} --guidance -1", "--guidance is -1.0"),
+    (copy("flow"), "eval.py --checkpoint flow/latest.pth --workdir out --guidance 2", "a flow map has that of its training"),
+    (copy("ode"), f"{ODE} --guide ode/latest.pth", "--guide is for the ODE of a denoiser with --guidance"),
+    (copy("ode"), f"{ODE} --guidance 2 --guide nowhere.pth", "there is no checkpoint nowhere.pth"),
+    (copy("ode", "flow"), f"{ODE} --guidance 2 --guide flow/latest.pth", "--guide flow/latest.pth must be a denoiser"),
+    (copy("ode"), f"{ODE} --class_idx cat", "--class_idx is cat, and ode/latest.pth has no such class"),
+    (copy("ode"), f"{ODE} --time_input log_snr", "--time_input is log_snr and was t"),
+    (copy("ode"), f"{ODE} --time_grid even", "invalid choice: 'even'"),
+    (checkpoint(drop("model")), f"{EVAL} --raw", "x.pth holds no weights of its last step"),
+    (nothing, "checkpoint.py nowhere.pth y.pth", "there is no checkpoint nowhere.pth"),
+    (nothing, "checkpoint.py nowhere.pth", "the following arguments are required: dest"),
+    (checkpoint(drop("config")), "checkpoint.py x.pth y.pth", "x.pth holds no configuration"),
+    (checkpoint(drop("model")), "checkpoint.py x.pth y.pth --raw", "x.pth holds no weights of its last step"),
+    (checkpoint(set_key("ema", BIAS, torch.full((1,), 1e6))), "checkpoint.py x.pth y.pth --half", "x.pth in float16 does"),
 
     # teachers and runs to continue
     (nothing, "train.py --mode characteristic", "--teacher is missing"),

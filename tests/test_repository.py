@@ -25,7 +25,7 @@ import defaults
 from conftest import ROOT, SHORT_STAGE_1, SHORT_STAGE_2, launch, run
 from processes import Job
 
-SCRIPTS = ("train", "eval", "fid", "teaser", "compare")
+SCRIPTS = ("train", "eval", "fid", "teaser", "compare", "checkpoint")
 GROUND = {"misc", "network", "defaults", "sde", "inception", "lpips", "dist_util"}
 MAY_IMPORT = {
     # imports point down
@@ -197,10 +197,9 @@ def test_help_explains_every_flag(script):
     text = launch(f"{script}.py", "--help").stdout
     own, names, _ = defaults.SCRIPTS[script]
     sections = [own] + [defaults.SECTIONS[name] for name in names]
-    for section in sections:
-        for f in dataclasses.fields(section):
-            assert f.metadata["help"] and (f"--{f.name}" in text or not f.metadata["flag"])
-    flags = [f for section in sections for f in dataclasses.fields(section) if f.metadata["flag"]]
+    settings = [f for section in sections for f in dataclasses.fields(section)]
+    flags = [f for f in settings if f.metadata["flag"] and not f.metadata["positional"]]
+    assert all(f.metadata["help"] for f in settings) and all(f"--{f.name}" in text for f in flags)
     assert text.count("(default:") >= len(flags) - 3  # names hidden by the script's own
 
 
