@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import checkpoint
+import dataset
 import generator
 import misc
-from conftest import SHORT_STAGE_1, STAGE_1, tiny_checkpoint, tiny_config
+from conftest import SHORT_STAGE_1, STAGE_1, assert_equal, run, tiny_checkpoint, tiny_config
 from processes import Job
 
 
@@ -233,3 +234,40 @@ def test_a_checkpoint_whose_tensors_were_changed_on_the_disk_is_not_continued(mo
     path.write_bytes(data)
     with pytest.raises(UserError, match="x.pth is damaged: what it holds is not what was written"):
         checkpoint.load_run(path)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_published_weights_draw_the_same_images(models, tmp_path, half):
+    source, dest = models / "flow" / "DDPMpp-000004.pth", tmp_path / "published.pth"
+    out = run("checkpoint.py", source, dest, *(["--half"] if half else [])).stdout.split()
+    assert out[0] == misc.file_hash(dest) and out[-1] == str(dest)
+    assert dest.stat().st_size < source.stat().st_size / (6 if half else 3)
+    assert set(checkpoint.read(dest)) == {"ema", "config", "mean", "step", "format"}
+    a, b = (generator.load_model(path).images(range(8)).int() for path in (source, dest))
+    assert (a - b).abs().max() <= (2 if half else 0)
+
+
+def test_raw_weights_are_those_of_the_last_step(models, tmp_path):
+    source = models / "ode" / "DDPMpp-000004.pth"
+    run("checkpoint.py", source, tmp_path / "raw.pth", "--raw")
+    content = checkpoint.read(source)
+    assert_equal(dict(checkpoint.read(tmp_path / "raw.pth")["ema"]), dict(content["model"]))
+    run("eval.py", "--checkpoint", source, "--raw", "--end_seed", "3", "--format", "npz", "--workdir", tmp_path / "out")
+    drawn = dataset.open_images(tmp_path / "out")[0].batch(range(4))[0]
+    assert torch.equal(drawn, generator.load_model(tmp_path / "raw.pth").images(range(4)))
+    with pytest.raises(AssertionError, match="holds images made with other raw"):
+        run("eval.py", "--checkpoint", source, "--end_seed", "3", "--format", "npz", "--workdir", tmp_path / "out")
+
+
+def test_weights_that_do_not_fit_are_listed_and_the_others_begin_the_run():
+    torch.manual_seed(0)
+    old, new = (checkpoint.build_model(tiny_config(**flags)).net for flags in ({"label_dim": 3}, {"label_dim": 5}))
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    state = {f"module.{name}": value + 1 for name, value in old.state_dict().items()}
+    lines = list(checkpoint.init_weights(new, state, "x.pth"))
+    assert lines == [
+        "--init x.pth: 1 tensors begin afresh: map_label.weight",
+        "--init x.pth: 1 tensors are left out: map_label.weight",
+    ]
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, before[name] if name == "map_label.weight" else old.state_dict()[name] + 1)

@@ -23,7 +23,7 @@ import checkpoint
 import dataset
 import defaults
 import misc
-from conftest import TINY_NETWORK, TINY_RUN, images, rgb16, run, tiny_config, write_folder
+from conftest import TINY_NETWORK, TINY_RUN, images, in_memory, rgb16, run, tiny_config, write_folder
 from processes import Job
 
 # ---------------------------------------------------------------------------------------------------------- image files
@@ -542,3 +542,59 @@ def test_threads_that_read_need_no_shared_memory(tmp_path, script, size):
     if statuses == [NOT_POSSIBLE]:
         pytest.skip("this system does not let a process mount its own /dev/shm")
     assert statuses == [0], job.err()
+
+
+# ------------------------------------------------------------------------------------------------- parts, mirrors, moments
+
+
+def test_a_folder_of_train_and_test_is_two_sets_and_any_other_is_one(tmp_path):
+    for part, n in (("train", 6), ("test", 3)):
+        write_folder(tmp_path / "both" / part, images(n, (1, 8, 8)), classes=3)
+    settings = {"data_name": "folder", "data_path": str(tmp_path / "both"), "image_size": 8, "image_channels": 1}
+    for part, n in (("train", 6), ("test", 3)):
+        found = dataset.load(defaults.resolve({**settings, "split": part}).data)
+        assert len(found) == n and found.class_names == ("class0", "class1", "class2")
+    write_folder(tmp_path / "both" / "more", images(2, (1, 8, 8)))
+    assert len(dataset.load(defaults.resolve(settings).data)) == 11
+    with pytest.raises(UserError, match="must hold train/ and test/, and no other folders"):
+        dataset.load(defaults.resolve({**settings, "split": "test"}).data)
+
+
+def test_mnist_has_its_test_images(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, n in (("train", 5), ("t10k", 2)):
+        pixels = images(n, (28, 28)).numpy()
+        header = struct.pack(">4I", 0x803, n, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, n) + bytes(range(n)))
+    for part, n in (("train", 5), ("test", 2)):
+        data = defaults.resolve({"data_name": "mnist", "data_path": str(tmp_path), "split": part}).data
+        assert len(dataset.load(data)) == n
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+def test_moments_are_those_of_the_pixels(centered, flip):
+    batch = images(37, (3, 8, 8))
+    data = defaults.resolve({"data_name": "folder", "image_size": 8, "centered": centered, "flip": flip}).data
+    mean, sigma = dataset.data_moments(in_memory(batch), data, bsz=10)
+    seen = dataset.to_model(torch.cat([batch, batch.flip(-1)]) if flip else batch, centered).double()
+    torch.testing.assert_close(mean.double(), seen.mean(0), rtol=1e-6, atol=1e-6)
+    assert sigma == pytest.approx(float(seen.std(correction=0)), rel=1e-6)
+
+
+def test_flip_mirrors_half_of_the_images_and_nothing_else():
+    x = torch.rand(400, 1, 2, 3)
+    found = dataset.flip(x, torch.Generator().manual_seed(0))
+    same, mirrored = ((found == other).flatten(1).all(1) for other in (x, x.flip(-1)))
+    assert (same ^ mirrored).all() and 150 < mirrored.sum() < 250
+
+
+@pytest.mark.parametrize("size", [8, 16, 28, 32, 48, 64, 128])
+@pytest.mark.parametrize("mode", defaults.MODES)
+def test_folder_has_presets_for_every_size_that_can_be_overridden(size, mode):
+    config = defaults.resolve({"data_name": "folder", "image_size": size, "mode": mode, "num_blocks": 3})
+    assert config.data.image_size == size and config.network.num_blocks == 3
+    smaller = defaults.resolve({"data_name": "folder", "image_size": 8, "mode": mode})
+    assert config.train.train_steps >= smaller.train.train_steps

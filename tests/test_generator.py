@@ -3,6 +3,7 @@
 from dist_util import UserError
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -344,3 +345,57 @@ def test_measure_takes_bytes_alone():
 
     with pytest.raises(UserError, match="must be uint8"):
         fid.measure(torch.rand(4, 1, 8, 8), fid.load_features("pixels"))
+
+
+# ----------------------------------------------------------------------------------------------------------- guidance
+
+
+def conditional(**flags):
+    return tiny_teacher(label_dim=3, label_dropout=0.1, num_steps=3, **flags)
+
+
+def with_guidance(trained, w, **others):
+    return dataclasses.replace(trained, config=trained.config.replace("sampling", guidance=w, **others))
+
+
+def test_guided_score_is_the_extrapolated_score():
+    x, strong, weak = (torch.randn(5, 3, dtype=torch.float64) for _ in range(3))
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    found = sde.score(x, sde.guided(strong, weak, 2.5), t)
+    torch.testing.assert_close(found, sde.score(x, weak, t) + 2.5 * (sde.score(x, strong, t) - sde.score(x, weak, t)))
+
+
+def test_guidance_pushes_away_from_the_denoiser_without_a_class():
+    trained = conditional()
+    for p in trained.model.net.parameters():
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    x, t, label = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7), torch.eye(3)[[0, 1, 2, 0]]
+    strong, weak = (trained.model(x, t, label=one) for one in (label, torch.zeros(4, 3)))
+    assert (strong - weak).abs().max() > 1e-3
+    torch.testing.assert_close(generator.guided(trained, 3.0)(x, t, label=label), weak + 3 * (strong - weak))
+    assert torch.equal(generator.guided(trained, 0.0)(x, t, label=label), weak)
+    assert torch.equal(generator.guided(trained, 1.0)(x, t, label=label), strong)
+    assert generator.nfe(with_guidance(trained, 3.0).config) == 2 * generator.nfe(trained.config)
+
+
+@pytest.mark.parametrize("label_dim", [0, 3])
+def test_autoguidance_pushes_away_from_a_weaker_network(tmp_path, label_dim):
+    paths = [tiny_checkpoint(tmp_path / name, label_dim=n, seed=i) for i, (name, n) in enumerate((("a", 3), ("b", label_dim)))]
+    trained = generator.load_model(paths[0], {"guidance": 2.0, "num_steps": 2}, guide=paths[1])
+    x, t, label = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7), torch.eye(3)[[0, 1, 2, 0]]
+    strong, weak = trained.model(x, t, label=label), trained.guide.model(x, t, label=label if label_dim else None)
+    torch.testing.assert_close(generator.guided(trained, 2.0)(x, t, label=label), weak + 2 * (strong - weak))
+    record = trained.record(range(2))
+    assert record["guide"] == misc.file_hash(paths[1])
+    assert generator.differences(record, {**record, "guide": "another"}) == ["guide"]
+
+
+def test_a_class_is_chosen_by_its_name(tmp_path):
+    path = tiny_checkpoint(tmp_path, label_dim=3)
+    content = torch.load(path, weights_only=True)
+    content["config"]["data"]["class_names"] = ["cat", "dog", "wild"]
+    torch.save(content, path)
+    named, numbered = (generator.load_model(path, {"class_idx": which}) for which in ("dog", 1))
+    assert named.config == numbered.config and torch.equal(named.images(range(3)), numbered.images(range(3)))
+    with pytest.raises(UserError, match="no such class: it knows cat, dog, wild"):
+        generator.load_model(path, {"class_idx": "bird"})

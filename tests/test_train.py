@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import dataset
 import defaults
+import generator
 import misc
 import network
 import sde
 import train
-from conftest import ROOT, SHORT_STAGE_2, TINY_NETWORK, TINY_RUN, launch, run, tiny_config, tiny_teacher
+import workdir
+from conftest import ROOT, SHORT_STAGE_2, TINY_NETWORK, TINY_RUN, images, launch, run, tiny_config, tiny_teacher, write_folder
 from processes import Job
 
 
@@ -494,3 +496,95 @@ def test_a_dry_run_times_what_each_objective_computes(solver, evaluations):
     student, config = student_of(teacher, objective="semigroup", teacher_steps=2, teacher_solver=solver, grid_steps=4)
     mean = (1 * 1 + 2 * 2) / 3
     assert objective_of(teacher, student, config).work(2, 10, 3) == pytest.approx((48, 24 * (mean * evaluations / 4 + 3)))
+
+
+# ------------------------------------------------------------------------------------- held-out images, classes, guidance
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A folder with train/ and test/ of two classes of grey images."""
+    for part, n in (("train", 24), ("test", 21)):
+        write_folder(tmp_path / "data" / part, images(n, (1, 8, 8), seed=n), classes=2)
+    return tmp_path / "data"
+
+
+OF_FOLDER = ["--data_name", "folder", "--image_size", "8", "--image_channels", "1", *TINY_NETWORK, "--label_dropout", "0.2"]
+
+
+def test_held_out_loss_is_that_of_fixed_noise_and_does_not_depend_on_ranks(parts, tmp_path):
+    common = ["train.py", *OF_FOLDER, "--data_path", parts, *TINY_RUN, "--bsz", "8", "--conditional", "--val_freq", "2"]
+    for ranks in (1, 2):
+        run(*common, "--workdir", tmp_path / f"{ranks}", ranks=ranks)
+    lines = [[x for x in workdir.read_metrics(tmp_path / f"{ranks}") if "val_loss" in x] for ranks in (1, 2)]
+    assert [x["step"] for x in lines[0]] == [2, 3] and len(lines[0][0]["val_bins"]) == 10
+    trained = generator.load_model(tmp_path / "1" / "DDPMpp-000003.pth")
+    config = trained.config.replace("data", data_path=str(parts))
+    found = train.Validation(config, torch.device("cpu"))(trained, None)
+    assert found == {name: pytest.approx(lines[0][1][name], rel=1e-5) for name in ("val_loss", "val_bins")}
+    first = [x[0] for x in lines]  # weights differ by rounding only
+    assert first[0]["val_loss"] == pytest.approx(first[1]["val_loss"], rel=0.05)
+    held = torch.tensor(found["val_bins"])
+    assert held.isfinite().all() and config.data.class_names == ("class0", "class1")
+
+
+def test_conditional_and_measured_settings_are_kept_and_the_same_command_continues(parts, tmp_path):
+    common = ["train.py", *OF_FOLDER, "--data_path", parts, *TINY_RUN, "--conditional", "--sigma_data", "auto", "--flip"]
+    common += ["--bsz", "8", "--lr_decay", "none", "--workdir", tmp_path / "run"]
+    run(*common)
+    run(*common, "--train_steps", "4")
+    config = generator.load_model(tmp_path / "run" / "DDPMpp-000004.pth").config
+    pixels = dataset.to_model(images(24, (1, 8, 8), seed=24), True)
+    assert config.network.label_dim == 2 and config.data.flip
+    assert config.network.sigma_data == pytest.approx(float(pixels.std(correction=0)), abs=1e-4)
+
+
+def test_guidance_is_distilled(parts, tmp_path):
+    common = ["--data_path", parts, *TINY_RUN, "--bsz", "8"]
+    run("train.py", *OF_FOLDER, *common, "--conditional", "--workdir", tmp_path / "teacher")
+    flags = [
+        "--mode",
+        "characteristic",
+        "--teacher",
+        tmp_path / "teacher" / "latest.pth",
+        "--guidance",
+        "2",
+        "--num_steps",
+        "2",
+    ]
+    for objective in ("trajectory", "semigroup"):
+        run("train.py", *flags, *common, "--objective", objective, "--bank_size", "16", "--workdir", tmp_path / objective)
+        model = generator.load_model(tmp_path / objective / "latest.pth", {"class_idx": "class1"})
+        assert model.config.distil.teacher_guidance == 2 and model.config.sampling.guidance == 1
+        run("teaser.py", "--checkpoint", tmp_path / objective / "latest.pth", "--per_class", "--columns", "3")
+        Image.open(tmp_path / objective / "teaser-characteristic.png").verify()
+
+
+def test_a_guided_teacher_is_followed_by_the_bank_and_by_the_stage_1_loss():
+    teacher = tiny_teacher(label_dim=3, label_dropout=0.1)
+    for p in teacher.model.net.parameters():
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    student, config = student_of(teacher, bank_size=8, dsm_weight=1.0, label_dim=3)
+    config = config.replace("distil", teacher_guidance=2.0)
+    objective = objective_of(teacher, student, config)
+    label = dataset.one_hot(objective.labels[0], 3)
+    denoise = generator.guided(teacher, 2.0)
+    step = sde.solver("deis", lambda x, t: denoise(x, t, label=label))
+    x = objective.bank.states[0, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(list(sde.sample(step, x, objective.ts))[-1].float(), objective.bank.states[0, -1])
+        z, t = torch.randn(8, 1, 8, 8), torch.full((8,), 0.5)
+        guided = denoise(sde.interpolate(x, z, t), t, label=label)
+        torch.testing.assert_close(objective.target(x, z, t, label), guided)
+
+
+def test_init_begins_with_the_weights_and_the_network_of_a_checkpoint(models, parts, tmp_path):
+    source = models / "ode" / "DDPMpp-000004.pth"
+    flags = ["--data_name", "folder", "--image_size", "8", "--image_channels", "1", "--data_path", parts, "--conditional"]
+    flags += ["--train_steps", "1", "--bsz", "8", "--global_bsz", "8", "--lr", "1e-9", "--init", source]
+    done = run("train.py", *flags, "--workdir", tmp_path / "run")
+    assert "2 tensors begin afresh: map_label.bias, map_label.weight" in done.stderr and "are left out" not in done.stderr
+    new, old = checkpoint.read(tmp_path / "run" / "latest.pth"), checkpoint.read(source)
+    for name, value in old["ema"].items():
+        torch.testing.assert_close(new["model"][name], value, rtol=1e-4, atol=1e-6)
+    assert new["config"]["network"]["model_channels"] == 8 and new["step"] == 1
