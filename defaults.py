@@ -445,6 +445,12 @@ class EvalRun:
     raw: bool = setting(False, "draw with the weights of the last step, not with their moving average")
     start_seed: int = setting(0, "first seed")
     end_seed: int = setting(49999, "last seed, included")
+    encode: str | None = file("images to turn into {workdir}/latents.npz by the denoiser's ODE: a folder, a zip or an npz")
+    latents: str | None = file("file of --encode to turn into images in the place of seeds; prints their PSNR", ".npz")
+    from_: str | None = file("images to draw from in the place of noise, from --t on: a folder, a zip or an npz")
+    t: float | None = setting(
+        None, "with --from: time whose noise the images get; near 0 they stay, near 1 hardly anything does"
+    )
 
 
 @dataclass(frozen=True)
@@ -489,6 +495,10 @@ class TeaserRun:
     columns: int = setting(0, "images in a row of the grid; 0 for a square")
     per_class: bool = setting(False, "a row for each class, with its name; --columns images in it (10)")
     trajectory: bool = setting(False, "a row for each image: the states from noise to data, up to 11 of them")
+    interpolate: tuple[int, ...] = setting(
+        None, "a row from one seed to another on the sphere of noise, of --columns images (11)"
+    )
+    latents: str | None = file("with --interpolate: file of eval.py --encode, of whose images the two numbers are", ".npz")
 
 
 @dataclass(frozen=True)
@@ -571,24 +581,25 @@ def _path(ending):
 
 def _add(parser, f, default, bare):
     options = {"help": f"{f.metadata['help']} (default: {default})".replace("%", "%%"), "default": argparse.SUPPRESS}
+    flag, options["dest"] = f"--{f.name.rstrip('_')}", f.name  # --from is from_, as `from` is a word of Python's
     kind = next((k for k in typing.get_args(f.type) if k is not type(None)), f.type)  # `int | None`, tuple[int, ...] -> int
     known, ending = choices(f), f.metadata["path"]
     if f.metadata["positional"]:
         parser.add_argument(f.name, type=_path(ending), help=f.metadata["help"])
     elif known:
-        parser.add_argument(f"--{f.name}", type=_one_of(known) if kind is str else kind, choices=known, **options)
+        parser.add_argument(flag, type=_one_of(known) if kind is str else kind, choices=known, **options)
     elif kind is bool and bare:  # a value that may follow would swallow the first positional
-        parser.add_argument(f"--{f.name}", action="store_true", **options)
+        parser.add_argument(flag, action="store_true", **options)
     elif kind is bool:
-        parser.add_argument(f"--{f.name}", nargs="?", const=True, type=_boolean, metavar="True|False", **options)
-        parser.add_argument(f"--no-{f.name}", dest=f.name, action="store_false", **{**options, "help": argparse.SUPPRESS})
+        parser.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="True|False", **options)
+        parser.add_argument(f"--no-{f.name}", action="store_false", **{**options, "help": argparse.SUPPRESS})
     elif typing.get_origin(f.type) is tuple:
-        parser.add_argument(f"--{f.name}", nargs="*", type=kind, metavar="N", **options)
+        parser.add_argument(flag, nargs="*", type=kind, metavar="N", **options)
     elif ending is not None:
-        parser.add_argument(f"--{f.name}", type=_path(ending), metavar="PATH", **options)
+        parser.add_argument(flag, type=_path(ending), metavar="PATH", **options)
     else:
         read = _number_or_word(kind) if f.name in WORDS else kind
-        parser.add_argument(f"--{f.name}", type=read, metavar=kind.__name__.upper(), **options)
+        parser.add_argument(flag, type=read, metavar=kind.__name__.upper(), **options)
 
 
 def parse(script, argv=None, description=""):

@@ -51,7 +51,9 @@ def score(x, d, t):
 
 
 def transport(x, d, t, s):
-    """T(x, d; t, s): where the ODE carries x from t to s if the denoiser is constantly d.  t, s in [0, 1], s <= t.
+    """T(x, d; t, s): where the ODE carries x from t to s if the denoiser is constantly d.  t, s in [0, 1].
+
+    Up, to s > t, it needs t > 0: at data every noise has the same state.  leave_data() is for that.
 
     T = (beta_s/beta_t) x + (alpha_s - alpha_t beta_s/beta_t) d.  Near t = s the weight of d is a difference of nearly
     equal numbers; as (t - s) [alpha_s (2 - t - s) / (beta_t + beta_s) + beta_s] / beta_t, from beta_t^2 - beta_s^2 =
@@ -69,6 +71,15 @@ def transport_weights(t, s):
     keep = torch.where(t == s, one, beta_s / safe)
     pull = (t - s) * (alpha(s) * (2 - t - s) / torch.where(beta_t > 0, beta_t + beta_s, one) + beta_s) / safe
     return keep, pull
+
+
+def leave_data(x0, s):
+    """alpha_s x0: where the ODE carries images x0 from t = 0 to a small time s.
+
+    The limit of transport(x0, D(x0, t), t, s) as t -> 0: D(x, t) = x + O(t) there, so that the noise in x0, which is
+    (x0 - alpha_t D) / beta_t, vanishes.  What it leaves out is the score, by which the ODE moves an image s |score| more.
+    """
+    return like(alpha(s), x0) * x0
 
 
 def data_between(x, y, t, s):
@@ -129,8 +140,20 @@ def start(z, mean, eps):
     return math.sqrt(1 - eps**2) * z + eps * mean
 
 
+def slerp(a, b, u):
+    """The point at the share u (B,) of the arc from a to b, (B, ...): [sin((1 - u) w) a + sin(u w) b] / sin w, w their angle.
+
+    On it normals keep their length, where the straight line is shorter.  The line where they are parallel.
+    """
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).double().clamp(-1, 1)
+    w = cosine.arccos()
+    share = lambda r: torch.where(w.sin() > 1e-4, (r * w).sin() / w.sin(), r)
+    return like(share(1 - u), a) * a + like(share(u), b) * b
+
+
 # --------------------------------------------------------------------------------------------------------- steps
-# A step takes x at time t to time s <= t.  The flow map is one; these make the others from a denoiser.
+# A step takes x at time t to time s < t, or up to s > t > 0, for t < 1.  The flow map is one, down alone; these make the others
+# from a denoiser.
 
 
 def euler_step(denoise, x, t, s):
@@ -144,14 +167,16 @@ def deis_step(denoise, x, t, s):
 
 
 def heun_step(denoise, x, t, s):
-    """Order 2: Heun's on the velocity where beta_t^2 <= 4 beta_s^2, else deis_step.  Two calls, or one.
+    """Order 2: Heun's on the velocity where beta_t^2 and beta_s^2 differ by a factor of 4 at most, else deis_step.
 
-    The corrector turns an error e of the denoiser at t into about e (beta_t^2 / beta_s^2) / 2: speckles, where s is near data.
+    Two calls, or one.  The corrector turns an error e of the denoiser at t into about e (beta_t^2 / beta_s^2) / 2: speckles,
+    where s is near data.  Up from there, the velocity at t carries e (beta_s^2 / beta_t^2) / 4 to s, and is no guide so far.
     On a GPU each step waits for the device, to know whether any image is corrected.
     """
     d = denoise(x, t)
     to_s = transport(x, d, t, s)
-    corrects = (t * (2 - t) <= 4 * s * (2 - s)).expand(t.shape) & (s > 0)
+    beta2_t, beta2_s = t * (2 - t), s * (2 - s)
+    corrects = (beta2_t <= 4 * beta2_s) & (beta2_s <= 4 * beta2_t) & (s > 0)
     if not corrects.any():
         return to_s
     v, safe = velocity(x, d, t), torch.where(corrects, s, torch.ones_like(t))

@@ -2,6 +2,11 @@
 
 python teaser.py --mode characteristic --checkpoint CKPT --num_steps 1
 python teaser.py --mode denoiser --checkpoint CKPT --num_steps 20 --trajectory
+
+With --interpolate, the way from one seed to another, or between two images of a file of eval.py --encode:
+
+python teaser.py --checkpoint CKPT --interpolate 3 8
+python teaser.py --checkpoint CKPT --interpolate 0 5 --latents OUT/latents.npz
 """
 
 import dist_util
@@ -16,6 +21,49 @@ import dataset
 import defaults
 import generator
 import misc
+import sde
+
+PLAIN = defaults.TeaserRun()  # what flags are when they are left out
+
+
+def check_interpolation(run):
+    """UserError where the flags of --interpolate do not go together."""
+    if run.interpolate is None:
+        if run.latents is not None:
+            raise UserError("--latents is for --interpolate: add it, with the numbers of two images")
+        return
+    shown = " ".join(map(str, run.interpolate))
+    if len(run.interpolate) != 2:
+        raise UserError(f"--interpolate {shown}: it takes two numbers, such as --interpolate 3 8")
+    for name in ("start_seed", "nsampling", "trajectory", "per_class"):
+        if getattr(run, name) != getattr(PLAIN, name):
+            raise UserError(f"--{name} is not for --interpolate, which draws a row of --columns images: leave it out")
+    if run.columns == 1:
+        raise UserError("--columns is 1: --interpolate draws 2 images or more")
+    if run.latents is None and not 0 <= min(run.interpolate) <= max(run.interpolate) < 2**32:
+        raise UserError(f"--interpolate {shown}: seeds run from 0, each below 2^32")
+
+
+def interpolate(trained, run):
+    """uint8 images (--columns, C, H, W) on the arc between two latents, those of two seeds or of two images of --latents."""
+    ends, label = list(run.interpolate), None
+    if run.latents is None:
+        latents = trained.latents(ends)
+        if trained.config.network.label_dim and trained.config.sampling.class_idx < 0:
+            raise UserError("--interpolate between seeds needs one class for all: add --class_idx")
+    else:
+        held = generator.open_latents(trained, run.latents)[0].items
+        if not 0 <= min(ends) <= max(ends) < len(held):
+            shown = " ".join(map(str, ends))
+            raise UserError(f"--interpolate {shown}: the latents in {run.latents} are numbered from 0 to {len(held) - 1}")
+        latents, labels = held.batch(ends)
+        if trained.config.network.label_dim and len(labels.unique()) > 1:
+            raise UserError(
+                f"--interpolate: the two images have classes {' and '.join(map(str, labels.tolist()))}: add --class_idx"
+            )
+        label = labels[:1]
+    share = torch.linspace(0, 1, run.columns or 11, dtype=torch.float64)
+    return trained.decode(sde.slerp(latents[:1], latents[1:], share), None if label is None else label.expand(len(share)))
 
 
 def draw_classes(path, trained, run):
@@ -41,6 +89,7 @@ def main():
     for name, least in (("nsampling", 1), ("columns", 0)):
         if not least <= getattr(run, name) <= 2**16:
             raise UserError(f"--{name} is {getattr(run, name)}: it must be from {least} to {2**16}")
+    check_interpolation(run)
     seeds = range(run.start_seed, run.start_seed + run.nsampling)
     generator.check_seeds(seeds[0], seeds[-1])
     with dist_util.session() as device:
@@ -49,7 +98,10 @@ def main():
         trained = generator.load_model(run.checkpoint, flags, device, guide=run.guide)
         dest = Path(run.dest or Path(run.checkpoint).parent / f"teaser-{trained.config.task.mode}.png")
         misc.check_writable(dest)
-        if run.per_class:
+        if run.interpolate is not None:
+            images = interpolate(trained, run)
+            misc.write_grid(dest, images, columns=len(images))
+        elif run.per_class:
             draw_classes(dest, trained, run)
         elif run.trajectory:
             states = [dataset.to_uint8(x, trained.config.data.centered) for x in generator.solve(trained, seeds)]

@@ -2,6 +2,7 @@
 
 import dist_util
 
+import json
 import os
 import pickle
 import shutil
@@ -140,6 +141,21 @@ def statistics(**arrays):
     return make
 
 
+def latents(**arrays):
+    """Copies of the models' workdirs, a folder of two images, and x.npz: their latents, with arrays changed or left out."""
+
+    def make(p, models):
+        copy("ode", "flow")(p, models)
+        for i in range(2):
+            put(f"in/{i}.png", png())(p, models)
+        metadata = json.dumps({"config": {"sampling": {"eval_eps1": 1e-3}}})
+        shape = (2, 1, 8, 8)
+        held = {"latents": np.zeros(shape, np.float32), "images": np.zeros(shape, np.uint8), "metadata": metadata, **arrays}
+        np.savez(p / "x.npz", **{name: array for name, array in held.items() if array is not None})
+
+    return make
+
+
 def nothing(p, models):
     pass
 
@@ -193,6 +209,8 @@ PICKLE = "eval.py --checkpoint x.pkl --workdir out --end_seed 1"
 EVAL, OUT = "eval.py --checkpoint x.pth --workdir out --end_seed 1", "--workdir out"
 RESUME = f"{RUN} --resume x.pth {OUT} --train_steps 9"
 ODE = "eval.py --checkpoint ode/latest.pth --workdir out"
+ROW = "teaser.py --checkpoint flow/latest.pth --dest row"
+FLOW_MAP = "eval.py --checkpoint flow/latest.pth --workdir out"
 NPZ = "fid.py --ref_path ref.npz --stat_path x.npz"
 DATA = f"train.py --data_name folder --data_path x.zip --image_size 8 --image_channels 1 {TINY} --bsz 64 --workdir out"
 GEN = "fid.py --mode gen --dest s.npz --img_folder"
@@ -448,6 +466,61 @@ CASES = [
     (nothing, "fid.py --ref_path nowhere.npz --stat_path b.npz", "there is no file nowhere.npz"),
     (both(copy("ode"), put("out/eval.json", "{}"), put("out/000000.png", png())), f"{ODE} --end_seed 1",
      "eval.json is damaged"),
+
+    # from images to noise and back, from images on, between two: flags, folders, files of latents
+    (latents(), f"{ODE} --encode in --latents x", "--encode and --latents begin from different things: choose one"),
+    (latents(), f"{ODE} --encode in --from in --t 0.5", "--encode and --from begin from different things"),
+    (latents(), f"{ODE} --latents x --from in --t 0.5", "--latents and --from begin from different things"),
+    (latents(), f"{ODE} --encode in --format npz", "--format is npz, which is that of images"),
+    (latents(), f"{ODE} --encode in --t 0.5", "--t is 0.5, which is the time for the images of --from"),
+    (latents(), f"{ODE} --encode in --end_seed 1", "--end_seed is 1, but --encode says how many images there are"),
+    (latents(), f"{ODE} --latents x --start_seed 1", "--start_seed is 1, but --latents draws no noise"),
+    (latents(), f"{ODE} --encode in --num_steps 1", "--num_steps is 1: encoding takes 2 or more"),
+    (latents(), f"{ODE} --encode in --churn", "--sde and --churn add noise"),
+    (latents(), f"{ODE} --latents x --sde", "--sde and --churn add noise"),
+    (latents(), f"{ODE} --encode in --class_idx 1", "the model has no classes"),
+    (latents(), f"{FLOW_MAP} --encode in", "flow/latest.pth is a flow map, which runs to data alone: encode with the denoiser"),
+    (latents(), f"{ODE} --encode nowhere", "nowhere is neither a folder nor a zip of images"),
+    (both(copy("ode"), put("in/a.txt", "text")), f"{ODE} --encode in", "no images in in (among 1 files, such as a.txt)"),
+    (both(latents(), put("in/0.png", png(9, 8))), f"{ODE} --encode in", "images of different sizes or colours among the 2"),
+    (both(copy("ode"), put("in/0.png", png(9, 8))), f"{ODE} --encode in", "in are 1 of uint8 (1, 8, 9): the model takes uint8"),
+    (both(copy("ode"), put("in/0.png", png(9, 8))), f"{ODE} --from in --t 0.5", "in are 1 of uint8 (1, 8, 9): the model takes"),
+    (both(latents(), put("in/1.png", "text")), f"{ODE} --encode in", "cannot read image 1.png, one of 2 in in"),
+    (both(latents(), put("in/1.png", "text")), f"{ODE} --from in --t 0.5", "cannot read image 1.png, one of 2 in in"),
+    (both(latents(), put("out", "")), f"{ODE} --encode in", "--workdir out is a file: choose a folder"),
+    (both(latents(), put("out/latents.npz", "")), f"{ODE} --encode in", "out/latents.npz is not a file of latents"),
+    (latents(), f"{FLOW_MAP} --from in", "--from needs --t"),
+    (latents(), f"{FLOW_MAP} --t 0.5", "--t is 0.5, which is the time for the images of --from"),
+    (latents(), f"{FLOW_MAP} --from in --t 0", "--t is 0.0: it must be above eval_eps0, which is 0.01"),
+    (latents(), f"{FLOW_MAP} --from in --t 1", "--t is 1.0: it must be above eval_eps0, which is 0.01, and at most 1 - eval"),
+    (latents(), f"{FLOW_MAP} --from in --t nan", "--t is nan: it must be above"),
+    (latents(), f"{FLOW_MAP} --from in --t 0.5 --start_seed -1", "seeds run from 0"),
+    (latents(), f"{FLOW_MAP} --from in --t 0.5 --start_seed 4294967295", "each below 2^32"),
+    (latents(), f"{FLOW_MAP} --from nowhere --t 0.5", "nowhere is neither a folder nor a zip of images"),
+    (latents(), f"{ODE} --latents nowhere", "cannot read nowhere.npz: No such file or directory"),
+    (both(latents(), put("x.npz", "hello")), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(latents=np.array([Hostile()], dtype=object)), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(images=None), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(images=np.zeros((3, 1, 8, 8), np.uint8)), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(labels=np.zeros(3, np.int64)), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(metadata="{}"), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(metadata="[" * 10**5), f"{ODE} --latents x", "x.npz is not a file of latents"),
+    (latents(latents=np.full((2, 1, 8, 8), np.nan, np.float32)), f"{ODE} --latents x", "the latents in x.npz are not finite"),
+    (latents(latents=np.zeros((2, 1, 8, 8))), f"{FLOW_MAP} --latents x", "the latents in x.npz are 2 of float64"),
+    (latents(latents=np.zeros((2, 3, 8, 8), np.float32), images=np.zeros((2, 3, 8, 8), np.uint8)), f"{FLOW_MAP} --latents x",
+     "the latents in x.npz are 2 of float32 (3, 8, 8): the model takes float32 (1, 8, 8)"),
+    (latents(latents=np.zeros((0, 1, 8, 8), np.float32), images=np.zeros((0, 1, 8, 8), np.uint8)), f"{FLOW_MAP} --latents x",
+     "the latents in x.npz are 0 of"),
+    (latents(), f"{FLOW_MAP} --latents x --eval_eps1 0.01", "sampling starts at 1 - 0.01: add --eval_eps1 0.001"),
+    (latents(), f"{ROW} --interpolate 3", "--interpolate 3: it takes two numbers"),
+    (latents(), f"{ROW} --interpolate", "it takes two numbers, such as --interpolate 3 8"),
+    (latents(), f"{ROW} --interpolate 3 -8", "--interpolate 3 -8: seeds run from 0"),
+    (latents(), f"{ROW} --interpolate 3 4294967296", "seeds run from 0, each below 2^32"),
+    (latents(), f"{ROW} --interpolate 3 eight", "invalid int value: 'eight'"),
+    (latents(), f"{ROW} --interpolate 3 8 --trajectory", "--trajectory is not for --interpolate"),
+    (latents(), f"{ROW} --interpolate 3 8 --nsampling 9", "--nsampling is not for --interpolate"),
+    (latents(), f"{ROW} --interpolate 3 8 --columns 1", "--columns is 1: --interpolate draws 2 images or more"),
+    (latents(), f"{ROW} --latents x", "--latents is for --interpolate"),
 ]  # fmt: skip  # noqa: E501
 
 

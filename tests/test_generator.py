@@ -5,6 +5,7 @@ from dist_util import UserError
 import csv
 import dataclasses
 import json
+import math
 import os
 import re
 
@@ -21,7 +22,7 @@ import fid
 import generator
 import misc
 import sde
-from conftest import TINY_NETWORK, run, tiny_checkpoint, tiny_teacher
+from conftest import TINY_NETWORK, Gaussian, run, tiny_checkpoint, tiny_teacher, write_folder
 from processes import Job
 
 
@@ -199,8 +200,8 @@ def test_a_setting_of_training_or_of_another_type_is_an_error(tmp_path):
 # -------------------------------------------------------------------------------------------- sets of images that go on
 
 
-def prepare(folder, model, **seeds):
-    eval_script.prepare(folder, model, defaults.EvalRun(**{"start_seed": 0, "end_seed": 9, **seeds}))
+def prepare(folder, model, start_seed=0, end_seed=9):
+    eval_script.prepare(folder, model, "png", range(start_seed, end_seed + 1))
 
 
 def test_images_may_be_made_in_other_batches_and_more_of_them(tmp_path):
@@ -289,6 +290,234 @@ def test_a_folder_whose_name_is_not_text_is_printed_as_it_is(models, tmp_path):
     job = Job(tmp_path / "log", *command)
     assert job.wait() == [0], job.err()
     assert (tmp_path / "log.0.out").read_bytes() == os.fsencode(folder) + b"\n" and len(os.listdir(folder)) == 4
+
+
+# ------------------------------------------------------------------------------ from images to noise, and from there back
+
+
+class ClosedForm:
+    """The denoiser of a Gaussian whose mean is an image, as a model that calls it with labels."""
+
+    def __init__(self, **flags):
+        self.target = Gaussian(torch.full((64,), 0.1), 0.2)
+        self.trained = dataclasses.replace(tiny_teacher(eval_eps0=1e-4, num_steps=100, rho=2.0, **flags), model=self)
+
+    def __call__(self, x, t, label=None):
+        return self.target.denoise(x.flatten(1), t).reshape(x.shape).float()
+
+    def images(self, n):
+        z = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return dataset.to_uint8(0.1 + 0.2 * z, centered=True)
+
+
+@pytest.mark.parametrize("solver", ["heun", "deis", "dpm", "edm"])
+def test_latents_are_where_the_exact_flow_has_them_and_decode_to_the_images(solver):
+    """At t = 1 - eval_eps1 they have the law of noise."""
+    model = ClosedForm(ode_solver=solver)
+    images = model.images(40)
+    latents, t = model.trained.encode(images), torch.full((40,), 1 - 1e-3, dtype=torch.float64)
+    exact = model.target.flow_map(dataset.to_model(images, True).flatten(1), 0 * t, t).reshape(latents.shape)
+    assert latents.dtype == torch.float32 and (latents - exact).abs().max() < 0.15 and abs(latents.std() - 1) < 0.05
+    assert eval_script.psnr(model.trained.decode(latents), images).min() > 40
+
+
+def test_psnr_is_that_of_the_mean_squared_difference():
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    others = images.clone()
+    others[1, 0, 0, 0], others[2] = 255, 255
+    assert eval_script.psnr(images, others).tolist() == pytest.approx([math.inf, 10 * math.log10(4), 0])
+
+
+def test_decoding_begins_where_the_images_of_seeds_begin(models):
+    for name in ("ode", "flow"):
+        model = generator.load_model(models / name / "latest.pth", {"num_steps": 3})
+        assert torch.equal(model.decode(model.latents([7, 3])), model.images([7, 3]))
+
+
+def write_digits(folder, n=5):
+    return write_folder(folder, dataset.load(defaults.resolve({}).data).batch(range(n))[0])
+
+
+def printed(done):
+    """The first line of stdout, and the numbers of the others."""
+    first, *others = done.stdout.splitlines()
+    assert [line.split()[:2] for line in others] == [["PSNR", f"{i:06d}"] for i in range(len(others) - 1)] + [["PSNR", "mean"]]
+    return first, [float(line.split()[2]) for line in others]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_images_are_encoded_and_decoded_by_both_models_on_any_number_of_ranks(models, tmp_path, ranks):
+    folder, out = write_digits(tmp_path / "digits"), tmp_path / "out"
+    ode, flow = (["eval.py", "--checkpoint", models / name / "latest.pth"] for name in ("ode", "flow"))
+    model = generator.load_model(models / "ode" / "latest.pth", {"num_steps": 4})
+    encode = [*ode, "--num_steps", "4", "--encode", folder, "--workdir", out, "--eval_bsz", "2"]
+    assert run(*encode, ranks=ranks).stdout == f"{out}/latents.npz\n" and os.listdir(out) == ["latents.npz"]
+    originals = dataset.open_images(folder)[0].batch(range(5))[0]
+    with np.load(out / "latents.npz") as file:
+        assert file["latents"].dtype == np.float32 and "labels" not in file
+        np.testing.assert_allclose(file["latents"], model.encode(originals), atol=1e-4)
+        assert np.array_equal(file["images"], originals)
+        latents, made = torch.from_numpy(file["latents"]), json.loads(str(file["metadata"]))
+    assert made["sha256"] == misc.file_hash(models / "ode" / "latest.pth") and made["source"] == str(folder)
+    sampling = made["config"]["sampling"]
+    assert [sampling[k] for k in ("ode_solver", "num_steps", "time_grid", "eval_eps0")] == ["deis", 4, "t", 0.01]
+
+    for name, command, there in (("ode", [*ode, "--num_steps", "4"], "png"), ("flow", flow, "png"), ("flow", flow, "npz")):
+        again = tmp_path / f"{name}-{there}"
+        command = [*command, "--latents", out / "latents", "--workdir", again, "--format", there]
+        first, values = printed(run(*command, ranks=ranks))
+        assert first == str(again if there == "png" else again / "images.npz") and len(values) == 6
+        decoder = generator.load_model(models / name / "latest.pth", {"num_steps": 4 if name == "ode" else 1})
+        expected, found = decoder.decode(latents), dataset.open_images(again)[0].batch(range(5))[0]
+        assert (expected.int() - found.int()).abs().max() <= 1
+        assert values[:5] == pytest.approx(eval_script.psnr(found, originals).tolist(), abs=0.01)
+        assert values[5] == pytest.approx(sum(values[:5]) / 5, abs=0.01)
+        assert printed(run(*command, ranks=ranks)) == (first, values)  # which makes nothing again
+    assert json.loads((again / "eval.json").read_text())["begin"] == {"latents": misc.file_hash(out / "latents.npz")}
+
+    before = (out / "latents.npz").stat().st_mtime_ns
+    run(*encode, ranks=ranks)
+    assert (out / "latents.npz").stat().st_mtime_ns == before
+    assert "made with other num_steps: choose another --workdir" in run(*encode, "--num_steps", "5", expect=2).stderr
+
+
+def test_images_of_seeds_latents_and_images_do_not_mix(models, tmp_path):
+    folder, out = write_digits(tmp_path / "digits"), tmp_path / "out"
+    command = ["eval.py", "--checkpoint", models / "flow" / "latest.pth", "--workdir", out]
+    run(*command, "--from", folder, "--t", "0.5")
+    for other in (
+        ["--end_seed", "4"],
+        ["--from", folder, "--t", "0.6"],
+        ["--from", write_digits(tmp_path / "six", 6), "--t", "0.5"],
+    ):
+        assert "made with other latents or images to begin from" in run(*command, *other, expect=2).stderr
+    assert "made with other start_seed" in run(*command, "--from", folder, "--t", "0.5", "--start_seed", "1", expect=2).stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_images_are_drawn_from_others_with_the_noise_of_their_seeds(models, tmp_path, ranks):
+    folder, path = write_digits(tmp_path / "digits"), models / "flow" / "latest.pth"
+    shared = ["eval.py", "--checkpoint", path, "--from", folder, "--t", "0.5", "--workdir", tmp_path / "out"]
+    done = run(*shared, "--start_seed", "7", "--eval_bsz", "2", ranks=ranks)
+    record = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert done.stdout == f"{tmp_path}/out\n" and record["nfe"] == 1 and record["begin"]["t"] == 0.5
+    found = pixels(tmp_path / "out")
+    assert list(found) == [f"{seed:06d}.png" for seed in range(7, 12)]
+    model, originals = generator.load_model(path), dataset.open_images(folder)[0].batch(range(5))[0]
+    z = generator.SeedNoise(range(7, 12), (1, 8, 8), torch.device("cpu"))()
+    x, t = sde.interpolate(dataset.to_model(originals, True), z, torch.tensor(0.5)), torch.full((5,), 0.5)
+    expected = dataset.to_uint8(model.model(x, t, 0 * t), True)[:, 0].numpy().astype(int)
+    assert_same_images(dict(zip(found, expected)), found)
+
+
+def test_the_noise_of_a_small_time_keeps_an_image_and_that_of_a_large_one_does_not():
+    model = ClosedForm(ode_solver="dpm")
+    images = model.images(40)
+    near, far = (eval_script.psnr(model.trained.from_images(images, t, start_seed=5), images).mean() for t in (1e-3, 0.9))
+    assert near > 25 and far < 20
+
+
+def test_heuns_evaluations_are_counted_from_the_time_that_images_get():
+    teacher, calls = tiny_teacher(ode_solver="heun", num_steps=6, rho=3.0), []
+    images = dataset.load(defaults.resolve({}).data).batch([0, 1])[0]
+    given = generator.from_images(teacher, generator.labelled(teacher, images), 0.05)
+    teacher.model.register_forward_hook(lambda *_: calls.append(1))
+    teacher.images(range(2), given)
+    assert len(calls) == generator.nfe(teacher.config, 0.05) != generator.nfe(teacher.config)
+
+
+def test_interpolation_joins_the_images_of_two_seeds_and_of_two_latents(models, tmp_path):
+    teaser_command = ["teaser.py", "--checkpoint", models / "flow" / "latest.pth", "--dest", tmp_path / "row"]
+    model = generator.load_model(models / "flow" / "latest.pth")
+    ode = ["eval.py", "--checkpoint", models / "ode" / "latest.pth", "--encode", write_digits(tmp_path / "digits")]
+    run(*ode, "--num_steps", "4", "--workdir", tmp_path / "out")
+    latents = torch.from_numpy(np.load(tmp_path / "out" / "latents.npz")["latents"])
+    ends = {(): model.images([3, 8]), ("--latents", tmp_path / "out" / "latents"): model.decode(latents[[3, 0]])}
+    for numbers in (["0", "5"], ["-1", "0"]):
+        done = run(*teaser_command, "--interpolate", *numbers, "--latents", tmp_path / "out" / "latents", expect=2)
+        assert f"error: --interpolate {' '.join(numbers)}: the latents in" in done.stderr
+        assert "are numbered from 0 to 4" in done.stderr and not done.stdout
+    for numbers, (flags, expected) in zip((["3", "8"], ["3", "0"]), ends.items()):
+        done = run(*teaser_command, "--interpolate", *numbers, *flags, "--columns", "5")
+        assert done.stdout == f"{tmp_path}/row.png\n"
+        row = np.array(Image.open(tmp_path / "row.png"))[..., 0].astype(int)
+        assert row.shape == (64 + 16, 5 * 72 + 8)
+        assert np.abs(row[8:72:8, 8:72:8] - expected[0, 0].numpy()).max() <= 1
+        assert np.abs(row[8:72:8, 4 * 72 + 8 : 5 * 72 : 8] - expected[1, 0].numpy()).max() <= 1
+
+
+CLASSES = {"label_dim": 3, "mode": "denoiser", "class_names": ("eight", "nine", "zero")}
+
+
+def test_classes_are_those_of_the_class_folders_by_name(tmp_path):
+    """Of which there may be some alone; --class_idx wins."""
+    path = tiny_checkpoint(tmp_path, **CLASSES, num_steps=3)
+    batch = dataset.load(defaults.resolve({}).data).batch(range(4))[0]
+    for i, name in enumerate(["zero", "eight", "zero", "eight"]):
+        (tmp_path / "some" / name).mkdir(parents=True, exist_ok=True)
+        misc.write_png(tmp_path / "some" / name / f"{i}.png", batch[i])
+    shared = ["eval.py", "--checkpoint", path]
+    run(*shared, "--encode", tmp_path / "some", "--workdir", tmp_path / "out")
+    with np.load(tmp_path / "out" / "latents.npz") as file:
+        assert file["labels"].tolist() == [0, 0, 2, 2]
+        found, images = file["latents"], torch.from_numpy(file["images"])
+    model = generator.load_model(path)
+    expected = model.encode(images, torch.tensor([0, 0, 2, 2]))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - model.encode(images, torch.tensor([1, 1, 1, 1])).numpy()).max() > 1e-2
+    run(*shared, "--latents", tmp_path / "out" / "latents", "--workdir", tmp_path / "again")
+    assert torch.equal(
+        dataset.open_images(tmp_path / "again")[0].batch(range(4))[0], model.decode(expected, torch.tensor([0, 0, 2, 2]))
+    )
+    run(*shared, "--encode", tmp_path / "some", "--workdir", tmp_path / "one", "--class_idx", "1")
+    assert np.load(tmp_path / "one" / "latents.npz")["labels"].tolist() == [1, 1, 1, 1]
+    teaser_command = ["teaser.py", "--checkpoint", path, "--dest", tmp_path / "row", "--interpolate"]
+    assert "needs one class for all: add --class_idx" in run(*teaser_command, "0", "1", expect=2).stderr
+    latents = ["--latents", tmp_path / "out" / "latents"]
+    assert "the two images have classes 0 and 2" in run(*teaser_command, "0", "2", *latents, expect=2).stderr
+    run(*teaser_command, "0", "1", *latents)
+    run(*teaser_command, "0", "2", *latents, "--class_idx", "1")
+    (tmp_path / "some" / "eight").rename(tmp_path / "some" / "seven")
+    assert (
+        "have other classes than the 3"
+        in run(*shared, "--from", tmp_path / "some", "--t", "0.5", "--workdir", tmp_path / "x", expect=2).stderr
+    )
+    write_folder(tmp_path / "flat", batch)
+    assert (
+        "come without classes"
+        in run(*shared, "--from", tmp_path / "flat", "--t", "0.5", "--workdir", tmp_path / "x", expect=2).stderr
+    )
+    with pytest.raises(UserError, match="come without classes, and the model has 3: add --class_idx"):
+        model.decode(expected)
+
+
+def test_a_kill_while_latents_are_written_leaves_nothing_half_written(models, tmp_path):
+    command = ["eval.py", "--checkpoint", models / "ode" / "latest.pth", "--encode", write_digits(tmp_path / "digits")]
+    command += ["--num_steps", "3", "--workdir", tmp_path / "out"]
+    assert Job(tmp_path / "log", *command, fault=("before rename", 1)).wait() == [-9]
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".tmp"]
+    run(*command)
+    assert os.listdir(tmp_path / "out") == ["latents.npz"]
+
+
+def test_from_python_too_what_does_not_fit_is_refused():
+    denoiser, flow = tiny_teacher(), tiny_teacher(mode="characteristic")
+    images, latents = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8)
+    for call, message in (
+        (lambda: flow.encode(images), "the model is a flow map, which runs to data alone"),
+        (lambda: denoiser.with_steps(1).encode(images), "--num_steps is 1: encoding takes 2 or more"),
+        (lambda: denoiser.encode(latents), r"the images are 2 of float32 \(1, 8, 8\): the model takes uint8 \(1, 8, 8\)"),
+        (lambda: denoiser.encode(images[:, :, :7]), r"the images are 2 of uint8 \(1, 7, 8\)"),
+        (lambda: denoiser.encode(images[:0]), "the images are 0 of"),
+        (lambda: flow.decode(latents.double()), "the latents are 2 of float64"),
+        (lambda: flow.decode(latents / 0), "the latents are not finite"),
+        (lambda: tiny_teacher(churn=True).decode(latents), "--sde and --churn add noise"),
+        (lambda: tiny_teacher(sde=True).encode(images), "--sde and --churn add noise"),
+        (lambda: flow.from_images(images, 1.0), "--t is 1.0: it must be above eval_eps0"),
+        (lambda: flow.from_images(images, 0.5, start_seed=2**32 - 1), "each below 2\\^32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 # --------------------------------------------------------------------------------------------------------- as a library

@@ -30,7 +30,7 @@ GROUND = {"misc", "network", "defaults", "sde", "inception", "lpips", "dist_util
 MAY_IMPORT = {
     # imports point down
     "train": {"workdir", "fid", "generator", "dataset", "checkpoint", *GROUND},
-    "eval": {"generator", *GROUND},
+    "eval": {"generator", "dataset", *GROUND},
     "teaser": {"generator", "dataset", *GROUND},
     "compare": {"fid", "generator", "dataset", *GROUND},
     "fid": {"generator", "dataset", *GROUND},  # a script, and a library for train and compare
@@ -119,7 +119,9 @@ def check_command(command):
         return
     _, flags = defaults.parse(words[script].removesuffix(".py"), words[script + 1 :])
     if "mode" in flags or "data_name" in flags:
-        defaults.resolve(flags)
+        flags = {name: value for name, value in flags.items() if value != "auto"}  # which is measured
+        in_stage_2 = defaults.IN_STAGE_2 if words[script] == "train.py" and flags.get("mode") == "characteristic" else {}
+        defaults.resolve({in_stage_2.get(name, name): value for name, value in flags.items()})
 
 
 def section(name, heading):
@@ -199,7 +201,7 @@ def test_help_explains_every_flag(script):
     sections = [own] + [defaults.SECTIONS[name] for name in names]
     settings = [f for section in sections for f in dataclasses.fields(section)]
     flags = [f for f in settings if f.metadata["flag"] and not f.metadata["positional"]]
-    assert all(f.metadata["help"] for f in settings) and all(f"--{f.name}" in text for f in flags)
+    assert all(f.metadata["help"] for f in settings) and all(f"--{f.name.rstrip('_')}" in text for f in flags)
     assert text.count("(default:") >= len(flags) - 3  # names hidden by the script's own
 
 
@@ -307,7 +309,8 @@ def test_attention_is_where_the_network_has_it():
         defaults.resolve({**folder, "attn_resolutions": (5,)})
     assert defaults.resolve(folder).network.attn_resolutions == ()
     assert defaults.resolve({**folder, "attn_resolutions": (12,)}).network.attn_resolutions == (12,)
-    assert defaults.resolve({**folder, "image_size": 32}).network.attn_resolutions == (16,)
+    assert defaults.resolve({**folder, "image_size": 64}).network.attn_resolutions == ()
+    assert defaults.resolve({**folder, "image_size": 16}).network.attn_resolutions == (8,)
 
 
 def test_endings_are_added_where_they_are_missing_and_home_is_home(monkeypatch):

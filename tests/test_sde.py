@@ -87,6 +87,21 @@ def test_transport_in_float32_loses_no_digits(t, gap):
     assert abs(Fraction(sde.transport(zero, one, t32, s32).item()) / pull - 1) < 1e-6
 
 
+def test_transport_up_undoes_transport_down():
+    x, d, t, s = noise(4, 3), noise(4, 3, seed=1), times(1, 0.9, 0.5, 0.01), times(0.3, 1e-6, 0.49, 0.001)
+    torch.testing.assert_close(sde.transport(sde.transport(x, d, t, s), d, s, t), x, rtol=1e-9, atol=1e-9)
+
+
+def test_slerp_joins_its_ends_and_keeps_the_length_of_noise():
+    a, b, u = noise(1, 3, 64, 64), noise(1, 3, 64, 64, seed=1), times(0, 0.3, 0.5, 1)
+    arc = sde.slerp(a, b, u)
+    torch.testing.assert_close(arc[[0, 3]], torch.cat([a, b]))
+    assert (arc.flatten(1).std(1) - 1).abs().max() < 0.02
+    torch.testing.assert_close(sde.slerp(a, b, u), sde.slerp(b, a, 1 - u))
+    torch.testing.assert_close(sde.slerp(a, a, u), a.expand(4, 3, 64, 64))
+    assert sde.slerp(a, -a, u).isfinite().all() and sde.slerp(0 * a, a, u).isfinite().all()
+
+
 def test_data_between_is_the_image_that_transport_needs():
     x, d, t, s = noise(6, 3), noise(6, 3, seed=1), times(1, 1, 0.5, 0.3, 1e-3, 0.9), times(0, 0.9, 0.499, 0.0, 1e-5, 0.1)
     torch.testing.assert_close(sde.data_between(x, sde.transport(x, d, t, s), t, s), d, rtol=1e-9, atol=1e-9)
@@ -174,6 +189,64 @@ def test_solvers_converge_at_their_order(name, order):
     errors = [solver_error(name, n, target) for n in (41, 81, 161)]
     observed = [math.log2(errors[i] / errors[i + 1]) for i in (0, 1)]
     assert observed == pytest.approx([order, order], abs=0.15), (errors, observed)
+
+
+def way_up(name, n, target, x, t_min=1e-3):
+    """The end, at t = 0.999, of a solver that starts from x at t_min."""
+    return last(sde.sample(sde.solver(name, target.denoise), x, sde.grid(n, 0.999, t_min, rho=2)[:-1].flip(0)))
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("deis", 1), ("dpm", 2), ("edm", 2)])
+def test_solvers_converge_at_their_order_upwards_and_there_and_back(name, order):
+    """From images to noise the ODE is the same, and the steps go to s > t."""
+    target = Gaussian(torch.tensor([0.7, -0.2, 0.1], dtype=torch.float64), 0.5)
+    x, low, high = target.mean + 0.5 * noise(6, 3, seed=3), times(1e-3).expand(6), times(0.999).expand(6)
+    errors, returned = [], []
+    for n in (161, 321, 641):
+        up = way_up(name, n, target, x)
+        errors.append((up - target.flow_map(x, low, high)).abs().max().item())
+        back = last(sde.sample(sde.solver(name, target.denoise), up, sde.grid(n, 0.999, 1e-3, rho=2)[:-1]))
+        returned.append((back - x).abs().max().item())
+    observed = [math.log2(errors[i] / errors[i + 1]) for i in (0, 1)]
+    assert observed == pytest.approx([order, order], abs=0.2), (errors, observed)
+    observed = [math.log2(returned[i] / returned[i + 1]) for i in (0, 1)]
+    assert observed[1] > order - 0.2, (returned, observed)
+
+
+def test_images_leave_the_data_up_to_the_order_of_the_time(gaussian):
+    """What is left out is the score: s (x - mean) / sigma^2."""
+    x, zero = gaussian.mean + 0.5 * noise(4, 3), times(0).expand(4)
+    for s in (1e-3, 1e-4):
+        exact = gaussian.flow_map(x, zero, zero + s)
+        missing = s * (x - gaussian.mean) / gaussian.sigma**2
+        torch.testing.assert_close(exact - sde.leave_data(x, zero + s), missing, rtol=20 * s, atol=0)
+
+
+def test_leaving_the_data_is_the_limit_of_a_step_from_ever_closer_to_it(gaussian):
+    x, s = gaussian.mean + 0.5 * noise(4, 3), times(1e-3).expand(4)
+    steps = [sde.deis_step(gaussian.denoise, x, times(t).expand(4), s) for t in (1e-7, 1e-11)]
+    errors = [(step - sde.leave_data(x, s)).abs().max().item() for step in steps]
+    assert errors[1] < errors[0] / 50 and errors[1] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["deis", "dpm"])
+def test_exponential_solvers_are_exact_on_a_point_mass_upwards(name):
+    """What an image has beyond the point is noise, and grows with it."""
+    target, z = PointMass(), noise(5, 3, seed=1)
+    x = sde.interpolate(target.mean.expand(5, 3), z, times(1e-3).expand(5))
+    expected = sde.interpolate(target.mean.expand(5, 3), z, times(0.999).expand(5))
+    torch.testing.assert_close(way_up(name, 4, target, x), expected)
+
+
+def test_heun_corrects_up_to_a_ratio_of_four_upwards_too():
+    """Euler's predictor from near data overshoots: the velocity there is that of noise that grows as the root of t."""
+    target, z = PointMass(), noise(5, 3, seed=1)
+    x = sde.interpolate(target.mean.expand(5, 3), z, times(1e-3).expand(5))
+    expected = sde.interpolate(target.mean.expand(5, 3), z, times(0.999).expand(5))
+    ts = sde.grid(20, 0.999, 1e-3)[:-1].flip(0)
+    plain = lambda x, t, s: plain_heun_step(target.denoise, x, t, s)
+    ours = (last(sde.sample(sde.solver("heun", target.denoise), x, ts)) - expected).abs().max()
+    assert ours < 0.1 and (last(sde.sample(plain, x, ts)) - expected).abs().max() > 10 * ours
 
 
 @pytest.mark.parametrize("name", ["deis", "dpm"])
