@@ -178,10 +178,14 @@ def _persistent(meta):
 
 
 def _storage(content):
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError("the numbers of a tensor are something else") from error
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _tensor(storage, offset, size, stride, *ignored):
+    """ValueError for one that is larger than what is stored: torch would fill up with whatever is in the memory."""
+    if min((offset, *size, *stride)) < 0 or offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage.size():
+        raise ValueError("a tensor without its numbers")
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
 
 
 def _scalar(kind, content):
@@ -209,7 +213,7 @@ SAFE = {  # (module, name): what a pickle gets for it; all that it may ask for
     ("builtins", "object"): object,
     ("__builtin__", "object"): object,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *ignored: tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments[:4], False, {}),
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("torch.nn.modules.container", "ModuleDict"): Shell,
     ("torch.nn.modules.container", "ModuleList"): Shell,
@@ -225,11 +229,27 @@ class _Refused(Exception):
     """A pickle asks for what SAFE does not hold."""
 
 
+class _Call:
+    """A function that a pickle may call, and cannot set attributes of."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function):
+        object.__setattr__(self, "function", function)
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+    def __setattr__(self, name, value):
+        raise ValueError(f"it sets {name}")
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if (module, name) not in SAFE:
             raise _Refused(f"it asks for {module}.{name}, which is not loaded: it could run code of strangers")
-        return SAFE[module, name]
+        found = SAFE[module, name]
+        return found if isinstance(found, type) else _Call(found)
 
 
 def read_edm(path):
@@ -278,19 +298,20 @@ def edm_config(options, path):
         found = ", ".join(f"{name} {value}" for name, value in zip(names, parts))
         raise UserError(f"{path} holds a network that is neither DDPM++ nor NCSN++: {found}")
     usual = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4}
-    usual |= {"attn_resolutions": [16], "dropout": 0.1, "label_dim": 0, "sigma_data": 0.5}
+    usual |= {"attn_resolutions": [16], "dropout": 0.1, "label_dim": 0, "label_dropout": 0.0, "sigma_data": 0.5}
     found = {name: options.get(name, value) for name, value in usual.items()}
     found |= {"image_size": options.get("img_resolution"), "image_channels": options.get("img_channels")}
     found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    low, high = max(options.get("sigma_min", 0), 0.002), min(options.get("sigma_max", math.inf), 80.0)
-    w = [math.sqrt(1 + sigma**2) for sigma in (low, high)]
-    sampling = {"ode_solver": "edm", "time_grid": "karras", "num_steps": 18, "rho": 7.0}
-    sampling |= {"eval_eps0": low**2 / (w[0] * (1 + w[0])), "eval_eps1": 1 / w[1]}
     try:
-        return defaults.resolve(
-            {"data_name": "folder", "architecture": architecture, "time_input": "log_snr", **found, **sampling}
-        )
-    except (UserError, TypeError) as error:
+        low, high = max(options.get("sigma_min", 0), 0.002), min(options.get("sigma_max", math.inf), 80.0)
+        if not low < high:
+            raise ValueError(f"sigma_min {low} and sigma_max {high}")
+        w = [math.sqrt(1 + sigma**2) for sigma in (low, high)]
+        sampling = {"ode_solver": "edm", "time_grid": "karras", "num_steps": 18, "rho": 7.0}
+        sampling |= {"eval_eps0": low**2 / (w[0] * (1 + w[0])), "eval_eps1": 1 / w[1]}
+        network = {"data_name": "folder", "architecture": architecture, "time_input": "log_snr"}
+        return defaults.resolve({**network, **found, **sampling})
+    except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} holds a network that does not fit: {error}") from error
 
 
@@ -347,13 +368,22 @@ def load_weights(net, state, path):
 def init_weights(net, state, path):
     """Load what fits of a state dict, and yield lines that list the rest; UserError if nothing does.
 
-    A flow map takes a denoiser's too.
+    Names hold resolutions, "enc.28x28_conv.weight": those of images of another size are renamed, level by level.  Classes that
+    begin afresh begin at zero, so that the network begins as the one without them.
     """
-    state, own = unwrap(state), net.state_dict()
+    own, level = net.state_dict(), re.compile(r"(?<=^...\.)(\d+)x\1(?=_)")
+
+    def levels(names):
+        return sorted({int(found[1]) for name in names if (found := level.search(name))}, reverse=True)
+
+    state = {str(name): value for name, value in unwrap(state).items()}
+    renamed = dict(zip(levels(state), levels(own)))
+    state = {level.sub(lambda found: "{0}x{0}".format(renamed.get(int(found[1]))), k): v for k, v in state.items()}
     fits = {k: v for k, v in state.items() if k in own and is_finite(v) and v.shape == own[k].shape}
     if not fits:
         raise UserError(f"--init {path}: none of its {len(state)} tensors fits this network")
-    net.load_state_dict({**own, **fits})
+    zero = {k: torch.zeros_like(v) for k, v in own.items() if k.startswith("map_label")}
+    net.load_state_dict({**own, **zero, **fits})
     for what, names in (("begin afresh", own.keys() - fits), ("are left out", state.keys() - fits)):
         if names:
             yield f"--init {path}: {len(names)} tensors {what}: {', '.join(sorted(map(str, names)))}"
@@ -428,6 +458,7 @@ class Saved:
     origin: dict | None  # path, sha256 and step of the checkpoint that the run began from with --resume
     teacher: dict | None  # path and sha256 of the teacher's checkpoint
     weights: dict = field(repr=False)  # model, ema, optim
+    init: dict | None = None  # path and sha256 of the checkpoint whose weights the run began with
     ratio: float | None = None  # the objective's, of the last step: see train.Distillation.balance
 
 
@@ -445,7 +476,7 @@ def load_run(path):
     try:
         weights = {name: dict(content[name]) for name in ("model", "ema", "optim")}
         saved = Saved(Path(path), config, content.get("step", 0), content["mean"], **run, weights=weights)
-        window, sums, files = saved.window, saved.window["sums"], [saved.origin, saved.teacher]
+        window, sums, files = saved.window, saved.window["sums"], [saved.origin, saved.teacher, saved.init]
         counts = [saved.ranks - 1, saved.bsz, saved.images, saved.skipped, window["steps"], window["skipped"]]
         counts += [saved.origin["step"]] if saved.origin else []
         numbers = [saved.ratio or 0.0, *(value for part in sums for value in part.values())]
@@ -468,9 +499,9 @@ class TrainingState:
     All random numbers come from generators seeded by (seed, purpose, step, round, rank): seed and step are the random state.
     """
 
-    def __init__(self, model, config, mean, images=0, data="", origin=None, teacher=None):
+    def __init__(self, model, config, mean, images=0, data="", origin=None, teacher=None, init=None):
         self.model, self.config, self.mean = model, config, mean
-        self.facts = {"images": images, "data": data, "origin": origin, "teacher": teacher}  # see Saved
+        self.facts = {"images": images, "data": data, "origin": origin, "teacher": teacher, "init": init}  # see Saved
         self.ema = EMA(model, config.train.ema_decay)
         self.optim = torch.optim.RAdam(model.parameters(), lr=config.train.lr)
         self.window, self.step, self.skipped = Window(mean.device), 0, 0
@@ -532,6 +563,10 @@ def publish(src, dest, half=False, raw=False):
     UserError unless the weights are those of the configuration, and finite in float16 too.
     """
     content = read(src)
+    if os.path.lexists(dest) and (not os.path.isfile(dest) or os.path.islink(dest) or os.path.samefile(src, dest)):
+        raise UserError(f"{dest} is a folder, a link, or the source itself: name another file")
+    if os.path.isfile(dest) and "optim" in read(dest):
+        raise UserError(f"{dest} is a checkpoint that a run goes on from: name another file")
     if "config" not in content or raw and not isinstance(content.get("model"), dict):
         raise UserError(f"{src} holds no {'weights of its last step' if 'config' in content else 'configuration'}")
     config = defaults.from_dict(content["config"])
@@ -542,6 +577,7 @@ def publish(src, dest, half=False, raw=False):
         weights = {name: x.half() if name in parameters else x for name, x in weights.items()}
         load_weights(net, weights, f"{src} in float16")
     kept = {name: content[name] for name in ("step", "mean", "config", "format") if name in content}
+    kept |= {"raw": True} if raw or content.get("raw") is True else {}
     with misc.atomic(dest) as temporary, open(temporary, "wb") as file:
         torch.save({"format": FORMAT, **kept, "ema": weights}, file)
 

@@ -106,7 +106,7 @@ def main():
             raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")
         models = {}
         for mode in ("denoiser", "characteristic"):
-            takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in ("sde", *generator.CHURN)}
+            takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in ("sde", "guidance", *generator.CHURN)}
             models[mode] = generator.load_model(getattr(run, mode), takes, device)
             if models[mode].config.task.mode != mode:
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")

@@ -342,21 +342,31 @@ def _fail(name, folder, files, other=()):
 
 
 def load_folder(data, download):
-    """The images of --data_path; of train/ or test/ in it, by --split, where it holds these two folders and no other."""
+    """The images of --data_path; of train/ or test/ in it, by --split, where it holds these two folders.
+
+    UserError where there are others beside them but val/, or all in a zip: test images are not to be trained on by mistake.
+    """
     path, parts = Path(data.data_path), set()
     with suppress(OSError):  # ImageFiles says what is wrong then
-        parts = {place.name for place in path.iterdir() if place.is_dir() and not place.name.startswith(".")}
-    if parts == {"train", "test"}:
-        path /= data.split
-    elif data.split == "test":
-        raise UserError(f"--split test: {path.absolute()} must hold train/ and test/, and no other folders")
-    return _files(path, data, "the images")
+        parts = {place.name for place in path.iterdir() if place.is_dir() and not place.name.startswith((".", "__MACOSX"))}
+    split = {"train", "test"} <= parts
+    others = sorted(parts - {"train", "test", "val"})
+    if split and others:
+        raise UserError(
+            f"{path.absolute()} holds train/, test/ and {others[0]}/: --data_path names one of them, or move that away"
+        )
+    if data.split == "test" and not split:
+        raise UserError(f"--split test: {path.absolute()} must hold the folders train/ and test/")
+    found = _files(path / data.split if split else path, data, "the images")
+    if not split and {"train", "test"} <= set(found.class_names):
+        raise UserError(f"{path.absolute()} holds train/ and test/: unpack it, and name the folder")
+    return found
 
 
 def load_afhq(data, download):
     names = {"train": ("train",), "test": ("test", "val")}[data.split]  # the first version of the data set calls it val
     folder = Path(data.data_path, "afhq")
-    path = next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+    path = next((folder / name for name in names if os.path.exists(folder / name)), folder / names[0])
     return _files(path, data, f"afhq/{names[0]}/{{cat,dog,wild}}")
 
 

@@ -134,7 +134,9 @@ class Sampling:
     num_steps: int = setting(
         20, "steps from noise to data; heun calls more often (20, flow map 1; train.py in stage 2: its grid, 20)", (1, 4096)
     )
-    time_grid: str = setting("t", "t: even in t^(1/rho); karras: even in (beta/alpha)^(1/rho)", choices=("t", "karras"))
+    time_grid: str = setting(
+        "t", "of sampling; t: even in t^(1/rho); karras: even in (beta/alpha)^(1/rho)", choices=("t", "karras")
+    )
     rho: float = setting(1.0, "curvature of the time grid (7 where --time_grid karras is given)", between=(0.1, 100))
     eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
     eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=TIME)
@@ -150,7 +152,9 @@ class Sampling:
     s_max: float = setting(1.0, "churn: greatest time at which it happens", SHARE)
     gamma: float = setting(0.1, "churn: how far back, relative to t", (0, 10**6))
     class_idx: int = setting(
-        -1, "class to draw, for conditional models: its number or its name; -1: one from each image's seed", (-1, 2**20)
+        -1,
+        "class to draw, for conditional models: its name or its number; -1: one from each image's seed",
+        (-1, 2**20),
     )
     eval_bsz: int = setting(256, "images per rank and batch", (1, 2**20))
 
@@ -278,9 +282,9 @@ def resolve(flags, base=None):
             raise UserError(f"there is no setting {name}{f': did you mean {near[0]}?' if near else ''}")
         if not fits(flags[name], SETTINGS[name].type):
             raise UserError(f"setting {name} is {flags[name]!r}: it must be of the kind of {SETTINGS[name].default!r}")
-    if flags.get("time_grid") == "karras":
-        flags = {"rho": 7.0, **flags}
     config, values = base or Config(), flags
+    if flags.get("time_grid", config.sampling.time_grid) != config.sampling.time_grid:  # another grid has its own usual rho
+        values = flags = {"rho": 7.0 if flags["time_grid"] == "karras" else 1.0, **flags}
     if base is None:
         chosen = (flags.get(f.name, f.default) for f in (SETTINGS[name] for name in ("data_name", "mode", "image_size")))
         values = {**preset(*chosen), **flags}

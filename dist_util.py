@@ -231,8 +231,9 @@ def launch(main):
 
 def _refuse(error, speaks):
     """The exit status of a command that is refused, once the rank that speaks has said why."""
-    if speaks:
-        print(f"error: {error}", file=sys.stderr)
+    if speaks:  # in one line, whatever names of files and values from files hold
+        line = "".join(c if c >= " " and c != "\x7f" else repr(c)[1:-1] for c in str(error))
+        print(f"error: {line}", file=sys.stderr)
     else:
         time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
     return 2

@@ -20,6 +20,7 @@ import dist_util
 from dist_util import UserError
 
 import json
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -51,15 +52,21 @@ def check_flags(run):
         raise UserError(f"--start_seed is {run.start_seed}, but {given[0]} draws no noise: leave it out")
     if run.encode is not None and run.format != DRAWN.format:
         raise UserError(f"--format is {run.format}, which is that of images: --encode makes latents, so leave it out")
+    for flag in ("--encode", "--from"):
+        if flags[flag] is not None and Path(run.workdir).resolve().is_relative_to(Path(flags[flag]).resolve()):
+            raise UserError(f"--workdir {run.workdir} lies in the folder of {flag}, whose images it would join: choose another")
     generator.check_seeds(run.start_seed, run.start_seed if given else run.end_seed)
 
 
 def open_images(folder, trained):
     """The data set of the images that --encode or --from names, in their order; UserError unless the model takes them all.
 
-    Classes are the class folders: by their names where the checkpoint knows those of its data, else in their order.
+    Where the model's data were cropped and resized, they are too.  Classes are the class folders: by their names where the
+    checkpoint knows those of its data, else in their order.
     """
     images, _ = dataset.open_images(folder)
+    if isinstance(images, dataset.ImageFiles) and trained.config.data.data_name in ("folder", "afhq"):
+        images.channels, images.size = trained.mean.shape[:2]  # cropped and resized, as the model's data were
     names, label_dim = images.class_names, trained.config.network.label_dim
     known = trained.config.data.class_names or (names if len(names) == label_dim else ())
     pixels, labels = images.batch(range(len(images)))
@@ -158,7 +165,7 @@ def make_pngs(workdir, trained, seeds, given=None):
 def make_npz(workdir, trained, seeds, given=None):
     """{workdir}/images.npz, with uint8 `arr_0` (N, H, W, C) in the order of the seeds, if it is missing; returns its path."""
     path = workdir / "images.npz"
-    if not dist_util.gather(path.is_file())[0]:
+    if not dist_util.gather(zipfile.is_zipfile(path))[0]:
         mine = dist_util.agree(lambda: trained.images(seeds[dist_util.rank() :: dist_util.world_size()], given))
         images = dist_util.gather_rows(mine.permute(0, 2, 3, 1).contiguous())
 

@@ -368,7 +368,8 @@ def show(value, digits=4):
 COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
     "kid", "kid_stderr", "precision", "recall", "n", "subset_of", "subset_seed", "start_seed", "end_seed", "class_idx", "eps1",
-    "rho", "image", "features", "weights", "forced", "source", "sha256", "ref_path", "reference",
+    "rho", "image", "features", "weights", "forced", "source", "sha256", "ref_path", "reference", "time_grid", "guidance",
+    "guide", "raw", "begin",
 )  # fmt: skip
 
 
@@ -389,8 +390,10 @@ def table_row(values, metadata, ref_path, forced=False):
     mode, data, sampling = (made_by.get("config", {}).get(name, {}) for name in ("task", "data", "sampling"))
     solver = "sde" if sampling.get("sde") else sampling.get("ode_solver")
     row = {name: metadata.get(name) for name in ("n", "features", "weights", "source")}
-    row |= {name: made_by.get(name) for name in ("step", "nfe", "start_seed", "end_seed", "sha256")}
-    row |= {name: sampling.get(name) for name in ("num_steps", "churn", "s_min", "s_max", "gamma", "class_idx", "rho")}
+    row |= {name: made_by.get(name) for name in ("step", "nfe", "start_seed", "end_seed", "sha256", "guide", "raw")}
+    row |= {name: sampling.get(name) for name in ("num_steps", "churn", "s_min", "s_max", "gamma", "class_idx")}
+    row |= {name: sampling.get(name) for name in ("rho", "time_grid", "guidance")}
+    row["begin"] = json.dumps(made_by["begin"]) if "begin" in made_by else None
     row |= {"eps0": sampling.get("eval_eps0"), "eps1": sampling.get("eval_eps1"), "dataset": data.get("data_name")}
     row |= {"mode": mode.get("mode"), "solver": "flow map" if mode.get("mode") == "characteristic" else solver}
     row |= {"subset_of": subset.get("of"), "subset_seed": subset.get("seed"), "forced": forced or None}
@@ -417,7 +420,7 @@ def open_source(run, flags, device):
     """(set of images, what the statistics record of its making) of the data set, --img_folder or --checkpoint."""
     if run.mode == "ref":
         data = defaults.resolve(flags).data
-        source, name = dataset.load(data), data.data_name
+        source, name = dataset.load(data), data.data_name + (" test" if data.split == "test" else "")
         if isinstance(source, dataset.ImageFiles):
             name = f"{source.path}, upright central squares resized to {data.image_size} (Lanczos)"
         return source, {"source": name}

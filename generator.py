@@ -119,8 +119,9 @@ def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     if "config" in content:
         config = defaults.from_dict(content["config"])
         if "step" not in content and "data_name" in flags:
-            config = defaults.resolve({"data_name": flags["data_name"]}, config)
-        if isinstance(flags.get("class_idx"), str):
+            known = {name: flags[name] for name in ("data_name", "split", "flip") if name in flags}
+            config = defaults.resolve(known, config)
+        if "class_idx" in flags:
             flags["class_idx"] = class_number(config, flags["class_idx"], path)
         config = checkpoint.override(config, flags, path)
     elif "data_name" not in flags:
@@ -142,7 +143,7 @@ def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     model = model.to(device)
     if config.speed.compile:
         network.compile_in_place(model.net)
-    found = Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean, raw)
+    found = Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean, raw or content.get("raw") is True)
     return replace(found, guide=load_guide(found, guide, device)) if guide or config.sampling.guidance != 1 else found
 
 
@@ -151,7 +152,7 @@ def check_guidance(trained):
     net = trained.config.network
     if not (net.label_dim and net.label_dropout):
         why = "trained with --label_dropout" if net.label_dim else "conditional"
-        raise UserError(f"--guidance: {trained.path} must be {why}, or --guide name a weaker denoiser")
+        raise UserError(f"--guidance: {trained.path} must be {why}; eval.py, teaser.py and fid.py take --guide instead")
 
 
 def load_guide(trained, path, device):
@@ -161,7 +162,7 @@ def load_guide(trained, path, device):
         check_guidance(trained)
         return None
     if sampling.guidance == 1 or trained.is_flow_map:
-        raise UserError("--guide is for the ODE of a denoiser with --guidance above 1: add it, or leave --guide out")
+        raise UserError("--guide is for the ODE of a denoiser with a --guidance that is not 1: add it, or leave --guide out")
     guide = load_model(path, device=device)
     if guide.is_flow_map or guide.mean.shape != trained.mean.shape or guide.config.network.label_dim not in (0, net.label_dim):
         raise UserError(f"--guide {path} must be a denoiser of images and classes as {trained.path} has")
@@ -185,9 +186,11 @@ def guided(trained, w):
     return denoise
 
 
-def class_number(config, name, path):
-    """The number of a class; UserError if the checkpoint's configuration knows none of this name."""
-    known = config.data.class_names
+def class_number(config, which, path):
+    """The number of a class of this name or, where none has it, of this number; UserError if there is none of this name."""
+    known, name = config.data.class_names, str(which)
+    if name not in known and type(which) is int:
+        return which
     if name not in known or not config.network.label_dim:
         held = f"it knows {', '.join(known)}" if config.network.label_dim and any(known) else "it has no classes with names"
         raise UserError(f"--class_idx is {name}, and {path} has no such class: {held}")
@@ -287,7 +290,7 @@ class Given:
         """(states (B, C, H, W), classes (B,), their time, None for 1 - eval_eps1) for these seeds with the noise z."""
         x, labels = (part.to(z.device) for part in self.items.batch([seed - self.first for seed in seeds]))
         if self.t is not None:
-            x = sde.interpolate(dataset.to_model(x, centered), z, torch.tensor(self.t, dtype=torch.float64))
+            x = sde.interpolate(dataset.to_model(x, centered), z, torch.tensor(self.t, dtype=torch.float64, device=z.device))
         return x, labels, self.t
 
 
@@ -296,6 +299,7 @@ def labelled(trained, items, labels=None, what="the images", dtype=torch.uint8):
 
     UserError unless the model takes them.
     """
+    labels = None if labels is None else torch.as_tensor(labels)
     shape, label_dim, class_idx = trained.mean.shape, trained.config.network.label_dim, trained.config.sampling.class_idx
     if items.dtype != dtype or items.shape[1:] != shape or not len(items):
         held, needed = (
@@ -387,7 +391,7 @@ def read_latents(path):
             metadata = json.loads(str(archive["metadata"]))
         dataset.check_record(metadata)
         metadata["config"]["sampling"]["eval_eps1"] + 0.0
-        if images.dtype != torch.uint8 or images.shape != latents.shape:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape != latents.shape:
             raise ValueError("images of another kind")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != latents.shape[:1]):
             raise ValueError("labels of another kind")
@@ -402,6 +406,11 @@ def open_latents(trained, path):
     """(Given, uint8 images that were encoded) of a file of latents; UserError unless the model decodes them."""
     latents, images, labels, metadata = read_latents(path)
     given = from_latents(trained, latents, labels, f"the latents in {path}")
+    found, data = metadata["config"].get("data", {}), trained.config.data
+    if found.get("centered", True) != data.centered or trained.config.network.label_dim and labels is not None:
+        names = tuple(found.get("class_names", ()))
+        if found.get("centered", True) != data.centered or names and data.class_names and names != data.class_names:
+            raise UserError(f"the latents in {path} are of another range of pixels, or of other classes, than this model's")
     theirs, ours = metadata["config"]["sampling"]["eval_eps1"], trained.config.sampling.eval_eps1
     if theirs != ours:
         why = f"the latents in {path} are states at t = 1 - {theirs}, and sampling starts at 1 - {ours}"

@@ -69,14 +69,17 @@ def interpolate(trained, run):
 def draw_classes(path, trained, run):
     """A row for each class, with its name: the images of the same seeds."""
     count, names, columns = trained.config.network.label_dim, trained.config.data.class_names, run.columns or 10
-    if not count or run.trajectory:
-        raise UserError("--per_class is for a conditional model, and not with --trajectory")
+    names = [name.encode(errors="replace").decode() for name in names]  # of folders, which need not be text
+    if not count or run.trajectory or run.nsampling != PLAIN.nsampling or trained.config.sampling.class_idx >= 0:
+        raise UserError("--per_class is for a conditional model, without --trajectory, --nsampling and --class_idx")
     seeds = range(run.start_seed, run.start_seed + columns)
     of_class = [replace(trained, config=trained.config.replace("sampling", class_idx=i)) for i in range(count)]
     picture, cell = misc.tile(torch.cat([model.images(seeds) for model in of_class]), columns)
     figure, (ax,) = misc.new_figure(1, 0.6 * columns + 1, 0.6 * count + 0.2)
     ax.imshow(picture.permute(1, 2, 0))
     ax.set_yticks([(i + 0.5) * cell for i in range(count)], names if len(names) == count else range(count))
+    for label in ax.get_yticklabels():
+        label.set_parse_math(False)
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -14,6 +14,7 @@ import json
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -92,7 +93,8 @@ class Distillation(Objective):
     @torch.no_grad()
     def target(self, x0, z, t, label):
         """What the stage-1 loss asks for: a guided teacher is not what the data say, so its word; else None, the data."""
-        if self.config.distil.teacher_guidance == 1 or not len(x0):
+        distil = self.config.distil
+        if distil.teacher_guidance == 1 or not distil.dsm_weight or not len(x0):
             return None
         return self.denoise(sde.interpolate(x0, z, t), t, label=label)
 
@@ -313,19 +315,28 @@ def seed_round(generator, seed, step, r):
 
 
 class Validation:
-    """Denoising loss on up to 2,048 held-out images, always at the same times and with the same noise; all ranks take part."""
+    """Denoising loss on up to 2,048 held-out images, always at the same times and with the same noise; all ranks take part.
 
-    bins = 10  # of times, evenly spaced
+    A flow map of a guided teacher learns what that says instead, so its loss may well rise.
+    """
 
     def __init__(self, config, device):
         if config.data.split == "test":
             raise UserError("--val_freq is for images that are held out, and --split test trains on them: leave one out")
         data = dataclasses.replace(config.data, split="test", flip=False)
-        held = dist_util.agree(lambda: dataset.load(data))
+
+        def load():
+            try:
+                return dataset.load(data)
+            except UserError as error:
+                raise UserError(f"--val_freq: {error}") from error
+
+        held = dist_util.agree(load)
         names = dataset.check_classes(held, config.network.label_dim)[0]
         if config.network.label_dim and names != config.data.class_names:
             raise UserError(f"--split test has the classes {', '.join(names)}, not those of the training images")
         n, self.config = min(len(held), 2048), config
+        self.bins = min(n, 10)  # of times, evenly spaced
         images, labels = dist_util.agree(lambda: held.batch([i * len(held) // n for i in range(n)]))
         generator = torch.Generator().manual_seed(0)
         place = (torch.randperm(n, generator=generator) + 0.5) / n  # of classes, which are often in order, each gets all times
@@ -571,7 +582,8 @@ class Training:
         for freq, name, score in self.scores:
             known = not new and any(x["step"] == done and name in x for x in workdir.read_metrics(self.folder))
             if self.due(freq) and not dist_util.gather(known)[0]:
-                self.save()
+                if name != "val_loss":  # a score may take long, and be stopped
+                    self.save()
                 found = score(trained, self.stop.poll)
                 if dist_util.rank() == 0:
                     self.note({"step": done, **found})
@@ -593,8 +605,12 @@ def load_data(run, plan, flags, device):
     if run.conditional:
         config = workdir.condition(config, plan, len(images.class_names))
     names, counts = dataset.check_classes(images, config.network.label_dim)
+    theirs = teacher.config.data.class_names if teacher and config.network.label_dim else ()
+    if theirs and names != theirs:
+        raise UserError(f"the data has the classes {', '.join(names)}, and {teacher.path} has {', '.join(theirs)}")
     if isinstance(images, dataset.ImageFiles):
-        if plan.workdir.resolve().is_relative_to(images.path.resolve()):
+        places = (images.path.resolve(), Path(config.data.data_path).resolve())
+        if config.data.data_name == "folder" and any(plan.workdir.resolve().is_relative_to(place) for place in places):
             raise UserError(f"--workdir {plan.workdir} lies in --data_path: its pictures would be data; choose another")
         for line in images.conversions() if dist_util.rank() == 0 else ():
             misc.log(line)
@@ -616,10 +632,13 @@ def make_state(plan, config, images, fingerprint, mean):
     if teacher:
         teacher.mean, teacher.model = mean, teacher.model.at(config.speed.precision)
         network.start_from_teacher(model.net, teacher.model.net)
+    began = None
     if plan.init:
-        for line in checkpoint.init_weights(model.net, checkpoint.read(plan.init)["ema"], plan.init):
+        for line in dist_util.agree(lambda: list(checkpoint.init_weights(model.net, plan.init["ema"], plan.init["path"]))):
             misc.log(line)
-    state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file)
+        began = {name: plan.init[name] for name in ("path", "sha256")}
+    began = plan.saved.init if plan.saved else began
+    state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file, began)
     if plan.saved:
         state.restore(plan.saved)
         misc.log(f"continuing {plan.saved.path} at step {plan.start} of {config.train.train_steps}")

@@ -47,7 +47,7 @@ class Plan:
     teacher: generator.Trained | None
     teacher_file: dict | None  # path and sha256
     in_place: bool  # whether it continues what is in its own workdir
-    init: str | None  # the checkpoint whose weights a new run begins with
+    init: dict | None  # path, sha256 and weights of the checkpoint that a new run begins with
     measures_sigma: bool  # --sigma_data auto
 
     @property
@@ -77,6 +77,8 @@ def make_plan(run, flags, device):
         if run.teacher:
             raise UserError("--sigma_data auto is for stage 1: the flow map has its teacher's")
         flags = {name: value for name, value in flags.items() if name != "sigma_data"}
+        if saved:
+            misc.log(f"--sigma_data stays {saved.config.network.sigma_data}, as the run began")
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
     if named and flags.get("mode", mode) != mode:
         raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 takes --teacher alone")
@@ -90,7 +92,8 @@ def make_plan(run, flags, device):
         config = checkpoint.override(saved.config, flags, saved.path, **strict)
     teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
     if not saved:
-        inherited = init_network(run.init) if run.init and not teacher else {}
+        size = flags.get("image_size") or defaults.preset(flags.get("data_name", "digits"), "denoiser")["image_size"]
+        inherited = init_network(run.init, size) if run.init and not teacher else {}
         if teacher:  # the flow map begins where the teacher's sampling does
             inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0}
             inherited |= dict.fromkeys(("train_eps1", "eval_eps1"), teacher.config.sampling.eval_eps1)
@@ -105,16 +108,27 @@ def make_plan(run, flags, device):
     origin = held.origin if held else None
     if named:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
-    init = None if saved else run.init
+    init = None
+    if saved and run.init and (saved.init or {}).get("path") != os.path.abspath(run.init):
+        raise UserError(f"{saved.path} did not begin with --init {run.init}: leave it out, or begin a new run")
+    if run.init and not saved:
+        init = {"path": os.path.abspath(run.init), "sha256": misc.file_hash(run.init), "ema": checkpoint.read(run.init)["ema"]}
     return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None, init, measures_sigma)
 
 
-def init_network(path):
-    """The settings of the network in a checkpoint, and its range of pixels; its classes are those of the new data."""
+def init_network(path, size):
+    """The settings of the network in a checkpoint, for images of `size` pixels, and its range of pixels.
+
+    Its classes are those of the new data.
+    """
     content = checkpoint.read(path)
-    config = defaults.from_dict(content["config"]) if "config" in content else None
-    found = {**vars(config.network), "centered": config.data.centered} if config else {}
-    return {name: value for name, value in found.items() if name not in ("label_dim", "label_dropout")}
+    if "config" not in content:
+        return {}
+    config = defaults.from_dict(content["config"])
+    found = {name: value for name, value in vars(config.network).items() if name not in ("label_dim", "label_dropout")}
+    there = [res in config.network.attn_resolutions for res in defaults.resolutions(config)]
+    attention = tuple(size >> level for level, attends in enumerate(there) if attends)
+    return {**found, "attn_resolutions": attention, "centered": config.data.centered}
 
 
 def condition(config, plan, classes):

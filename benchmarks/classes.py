@@ -10,6 +10,7 @@ more.  Each class gets the same number of images, of other seeds.  With several 
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -78,6 +79,8 @@ def main():
     parser.add_argument("--dest", help="PNG file for the scores against guidance")
     options = parser.parse_args()
     with dist_util.session() as device:
+        if generator.load_model(options.checkpoint).is_flow_map and options.guidance != [1.0]:
+            parser.error("a flow map has the guidance of its training: leave --guidance out")
         flags = {"num_steps": options.num_steps, "data_path": options.data_path}
         trained = generator.load_model(options.checkpoint, flags, device)
         everything, train, test = real_images(trained.config)
@@ -92,7 +95,8 @@ def main():
             flow = {} if trained.is_flow_map else {"guidance": w, "ode_solver": options.ode_solver}
             images = []
             for i in range(classes):
-                model = generator.load_model(options.checkpoint, {**flags, **flow, "class_idx": i}, device)
+                model = generator.load_model(options.checkpoint, {**flags, **flow}, device)
+                model = replace(model, config=model.config.replace("sampling", class_idx=i))
                 images.append(model.images(range(i * options.num, (i + 1) * options.num)))
             shares = [float((classify(part) == i).float().mean()) for i, part in enumerate(images)]
             score, share = fid.frechet_distance(reference, fid.measure(torch.cat(images), extract)), sum(shares) / classes

@@ -204,6 +204,24 @@ def hostile_storage(p, models):
     (p / "x.pkl").write_bytes(pickle.dumps({"ema": Storage()}))
 
 
+def short_tensor(p, models):
+    """x.pkl: a tensor that claims more numbers than there are."""
+
+    class Tensor:
+        def __reduce__(self):
+            storage = torch.zeros(4).untyped_storage()
+            return torch._utils._rebuild_tensor_v2, (
+                torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True),
+                0,
+                (10**6,),
+                (1,),
+                False,
+                {},
+            )
+
+    (p / "x.pkl").write_bytes(pickle.dumps({"ema": Tensor()}))
+
+
 BIAS = "dec.8x8_aux_conv.bias"
 PICKLE = "eval.py --checkpoint x.pkl --workdir out --end_seed 1"
 EVAL, OUT = "eval.py --checkpoint x.pth --workdir out --end_seed 1", "--workdir out"
@@ -357,28 +375,34 @@ CASES = [
     (pickled(), f"{PICKLE} --data_name cifar", "image_size"),
     (pickled(), f"{PICKLE} --guidance 2", "x.pkl must be conditional"),
 
+    (pickled(sigma_max=None), PICKLE, "x.pkl holds a network that does not fit"),
+    (pickled(sigma_min=90.0), PICKLE, "x.pkl holds a network that does not fit"),
+    (pickled(class_name="a\nb"), PICKLE, "x.pkl holds a a\\nb of a SongUNet"),
+    (short_tensor, PICKLE, "x.pkl is a pickle, but damaged"),
+    (put("x.pkl", b"\x80\x02c_codecs\nencode\n}X\x08\x00\x00\x00__name__X\x01\x00\x00\x00xsb."), PICKLE, "x.pkl is a pickle"),
+
     # starting weights, classes, guidance, held-out images, published weights
     (nothing, "train.py --bsz 64 --init nowhere.pth", "there is no checkpoint nowhere.pth"),
     (checkpoint(lambda content: None), "train.py --init x.pth --resume x.pth", "leave one out"),
     (lambda p, models: torch.save({"ema": {"a": torch.zeros(1)}}, p / "x.pth"), "train.py --bsz 64 --init x.pth --workdir out",
-     "--init x.pth: none of its 1 tensors fits this network"),
+     "x.pth: none of its 1 tensors fits this network"),
     (nothing, "train.py --bsz 64 --sigma_data automatic", "sigma_data is 'automatic'"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --sigma_data auto", "--sigma_data auto is for stage 1"),
     (nothing, "train.py --bsz 64 --conditional --label_dim 3", "--label_dim is 3, and the data has 10 classes"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --conditional", "has 10 classes, and ode/latest.pth has 0"),
     (copy("ode"), f"{RUN} --workdir ode --conditional --train_steps 9", "has 10 classes, and ode/DDPMpp-000004.pth has 0"),
     (put("x/a.png", png()), f"{DATA.replace('x.zip', 'x')} --conditional", "--conditional: the data has no classes"),
-    (put("x/a.png", png()), f"{DATA.replace('x.zip', 'x')} --split test", "must hold train/ and test/, and no other folders"),
+    (put("x/a.png", png()), f"{DATA.replace('x.zip', 'x')} --split test", "must hold the folders train/ and test/"),
     (nothing, "train.py --bsz 64 --split test", "--split test: the digits are all for training"),
     (nothing, "train.py --bsz 64 --val_freq 2", "--split test: the digits are all for training"),
     (nothing, "train.py --val_freq -1", "--val_freq is -1"),
     (nothing, "train.py --data_name folder --image_size 50", "divisible by 8, for 4 resolutions, as 48 or 56"),
     (nothing, "train.py --bsz 64 --guidance 2", "--guidance is for sampling, and for stage 2"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --guidance 2", "--guidance: ode/latest.pth must be conditional"),
-    (copy("ode"), f"{ODE} --guidance 2", "--guidance: ode/latest.pth must be conditional, or --guide name"),
+    (copy("ode"), f"{ODE} --guidance 2", "--guidance: ode/latest.pth must be conditional; eval.py"),
     (copy("ode"), f"{ODE} --guidance -1", "--guidance is -1.0"),
     (copy("flow"), "eval.py --checkpoint flow/latest.pth --workdir out --guidance 2", "a flow map has that of its training"),
-    (copy("ode"), f"{ODE} --guide ode/latest.pth", "--guide is for the ODE of a denoiser with --guidance"),
+    (copy("ode"), f"{ODE} --guide ode/latest.pth", "--guide is for the ODE of a denoiser with a --guidance that"),
     (copy("ode"), f"{ODE} --guidance 2 --guide nowhere.pth", "there is no checkpoint nowhere.pth"),
     (copy("ode", "flow"), f"{ODE} --guidance 2 --guide flow/latest.pth", "--guide flow/latest.pth must be a denoiser"),
     (copy("ode"), f"{ODE} --class_idx cat", "--class_idx is cat, and ode/latest.pth has no such class"),
@@ -386,6 +410,17 @@ CASES = [
     (copy("ode"), f"{ODE} --time_grid even", "invalid choice: 'even'"),
     (checkpoint(drop("model")), f"{EVAL} --raw", "x.pth holds no weights of its last step"),
     (nothing, "checkpoint.py nowhere.pth y.pth", "there is no checkpoint nowhere.pth"),
+    (copy("ode"), "checkpoint.py ode/DDPMpp-000002.pth ode/DDPMpp-000004.pth", "is a checkpoint that a run goes on from"),
+    (copy("ode"), "checkpoint.py ode/DDPMpp-000004.pth ode/latest.pth", "ode/latest.pth is a folder, a link, or the source"),
+    (checkpoint(drop("optim")), "checkpoint.py x.pth x.pth --half", "x.pth is a folder, a link, or the source itself"),
+    (copy("ode"), f"{RUN} --workdir ode --train_steps 9 --init gone.pth", "ode/DDPMpp-000004.pth did not begin with --init"),
+    (both(put("x/train/a.png", png()), put("x/test/a.png", png()), put("x/more/a.png", png())),
+     DATA.replace("x.zip", "x"), "holds train/, test/ and more/"),
+    (both(put("x/train/a.png", png()), put("x/test/a.png", png())), DATA.replace("x.zip", "x").replace(" out", " x/test/out"),
+     "--workdir x/test/out lies in --data_path"),
+    (zipped(**{"train/a.png": png(), "test/a.png": png()}), DATA, "holds train/ and test/: unpack it"),
+    (both(copy("ode"), put("x/a.png", png())), "eval.py --checkpoint ode/latest.pth --from x --t 0.5 --workdir x/out",
+     "--workdir x/out lies in the folder of --from"),
     (nothing, "checkpoint.py nowhere.pth", "the following arguments are required: dest"),
     (checkpoint(drop("config")), "checkpoint.py x.pth y.pth", "x.pth holds no configuration"),
     (checkpoint(drop("model")), "checkpoint.py x.pth y.pth --raw", "x.pth holds no weights of its last step"),

@@ -628,3 +628,20 @@ def test_a_class_is_chosen_by_its_name(tmp_path):
     assert named.config == numbered.config and torch.equal(named.images(range(3)), numbered.images(range(3)))
     with pytest.raises(UserError, match="no such class: it knows cat, dog, wild"):
         generator.load_model(path, {"class_idx": "bird"})
+
+
+def test_a_name_that_is_a_number_wins_over_the_number(tmp_path):
+    path = tiny_checkpoint(tmp_path, label_dim=3)
+    content = torch.load(path, weights_only=True)
+    content["config"]["data"]["class_names"] = ["1", "10", "2"]
+    torch.save(content, path)
+    found = {which: generator.load_model(path, {"class_idx": which}).config.sampling.class_idx for which in (1, 2, "10", 0)}
+    assert found == {1: 0, 2: 2, "10": 1, 0: 0}
+
+
+def test_the_other_grid_has_its_own_rho_and_the_same_grid_keeps_it():
+    karras = defaults.resolve({"time_grid": "karras", "rho": 5.0})
+    assert defaults.resolve({"time_grid": "karras"}, karras).sampling.rho == 5
+    assert defaults.resolve({"time_grid": "t"}, karras).sampling.rho == 1
+    assert defaults.resolve({"time_grid": "t", "rho": 2.0}, karras).sampling.rho == 2
+    assert defaults.resolve({"time_grid": "karras"}).sampling.rho == 7

@@ -118,3 +118,11 @@ def test_solvers_run_on_the_device_of_their_states(solver):
         for d in ("cpu", "cuda")
     ]
     torch.testing.assert_close(states[1].cpu(), states[0], rtol=1e-5, atol=1e-5)
+
+
+def test_both_directions_run(tmp_path):
+    model = generator.load_model(tiny_checkpoint(tmp_path), device="cuda")
+    images = model.images(range(4))
+    again, cpu = model.decode(model.encode(images)), generator.load_model(tiny_checkpoint(tmp_path))
+    assert (again.int() - cpu.decode(cpu.encode(images)).int()).abs().max() <= 2
+    assert (model.from_images(images, 0.5).int() - cpu.from_images(images, 0.5).int()).abs().max() <= 2

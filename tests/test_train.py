@@ -588,3 +588,25 @@ def test_init_begins_with_the_weights_and_the_network_of_a_checkpoint(models, pa
     for name, value in old["ema"].items():
         torch.testing.assert_close(new["model"][name], value, rtol=1e-4, atol=1e-6)
     assert new["config"]["network"]["model_channels"] == 8 and new["step"] == 1
+
+
+def test_init_takes_images_of_another_size_level_by_level_and_is_remembered(models, parts, tmp_path):
+    source = models / "ode" / "DDPMpp-000004.pth"
+    flags = ["--data_name", "folder", "--image_size", "16", "--image_channels", "1", "--data_path", parts, "--init", source]
+    flags += ["--bsz", "8", "--global_bsz", "8", "--lr_decay", "none", "--workdir", tmp_path / "run"]
+    done = run("train.py", *flags, "--train_steps", "1")
+    assert "begin afresh" not in done.stderr and "are left out" not in done.stderr
+    run("train.py", *flags, "--train_steps", "2")
+    content = checkpoint.read(tmp_path / "run" / "DDPMpp-000002.pth")
+    assert content["config"]["network"]["attn_resolutions"] == [8]
+    assert content["run"]["init"] == {"path": str(source), "sha256": misc.file_hash(source)}
+
+
+def test_stage_2_refuses_other_classes_of_the_same_number(parts, tmp_path):
+    common = ["--data_path", parts, *TINY_RUN, "--bsz", "8"]
+    run("train.py", *OF_FOLDER, *common, "--conditional", "--workdir", tmp_path / "teacher")
+    for part in ("train", "test"):
+        (parts / part / "class0").rename(parts / part / "another")
+    flags = ["--mode", "characteristic", "--teacher", tmp_path / "teacher" / "latest.pth", "--num_steps", "2"]
+    done = run("train.py", *flags, *common, "--workdir", tmp_path / "flow", expect=2)
+    assert "the data has the classes another, class1, and" in done.stderr
