@@ -366,6 +366,7 @@ def main():
     parser.add_argument("--dest", type=Path, default=Path("assets"), help="folder for the pictures (default: assets)")
     options, begun = parser.parse_args(), time.perf_counter()
     torch.set_num_threads(1)
+    options.dest.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool:
         for name, measure in MEASUREMENTS.items():
