@@ -189,7 +189,7 @@ def guided(trained, w):
 def class_number(config, which, path):
     """The number of a class of this name or, where none has it, of this number; UserError if there is none of this name."""
     known, name = config.data.class_names, str(which)
-    if name not in known and type(which) is int:
+    if type(which) is int and (name not in known or not config.network.label_dim):
         return which
     if name not in known or not config.network.label_dim:
         held = f"it knows {', '.join(known)}" if config.network.label_dim and any(known) else "it has no classes with names"
