@@ -230,18 +230,15 @@ class _Refused(Exception):
 
 
 class _Call:
-    """A function that a pickle may call, and cannot set attributes of."""
+    """A function that a pickle may call, and whose own attributes, such as its defaults, it cannot set."""
 
     __slots__ = ("function",)
 
     def __init__(self, function):
-        object.__setattr__(self, "function", function)
+        self.function = function
 
     def __call__(self, *arguments):
         return self.function(*arguments)
-
-    def __setattr__(self, name, value):
-        raise ValueError(f"it sets {name}")
 
 
 class _Unpickler(pickle.Unpickler):

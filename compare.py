@@ -28,8 +28,8 @@ def draw_images(models, run):
     rows, columns = run.nsampling, len(run.num_steps)
     figure, axes = misc.new_figure(2, 1.4 * columns + 1, 0.62 * rows + 0.7)
     for ax, (mode, trained) in zip(axes, models.items()):
-        blocks = [trained.with_steps(steps).images(range(rows)) for steps in run.num_steps]
-        evaluations = [generator.nfe(trained.with_steps(steps).config) for steps in run.num_steps]
+        blocks = [trained.sampled(num_steps=steps).images(range(rows)) for steps in run.num_steps]
+        evaluations = [generator.nfe(trained.sampled(num_steps=steps).config) for steps in run.num_steps]
         picture, cell = misc.tile(torch.stack(blocks, 1).flatten(0, 1), columns)
         ax.imshow(picture.permute(1, 2, 0))
         ax.set(title=TITLES[mode], xlabel="network evaluations", ylabel="seed")
@@ -55,7 +55,7 @@ def score(models, run, device, num_workers):
     extract = fid.extractor(reference, models["denoiser"].mean.shape, len(seeds), device, run)
     for mode, trained in models.items():
         for steps in run.num_steps:
-            model = trained.with_steps(steps)
+            model = trained.sampled(num_steps=steps)
             images, made = generator.Generated(model, seeds), {"source": str(model.path), "made_by": model.record(seeds)}
             if run.images is not None:
                 images, made = find_images(Path(run.images) / f"{mode}-{steps}", made["made_by"])

@@ -305,9 +305,8 @@ def load_cifar(data, download):
     known = {name: datasets.utils.check_integrity(folder / name, md5) for name, md5 in files}
     _fetch("CIFAR10", data, download and not all(known.values()))
     try:
-        found = datasets.CIFAR10(
-            data.data_path, train=train, download=False
-        )  # which unpickles files of the published MD5 alone
+        # which unpickles files of the published MD5 alone
+        found = datasets.CIFAR10(data.data_path, train=train, download=False)
     except (RuntimeError, OSError):
         other = [name for name in known if (folder / name).exists() and not known[name]]
         _fail("cifar", folder, f"{'data_batch_1 ... data_batch_5' if train else 'test_batch'} and batches.meta", other)

@@ -47,9 +47,9 @@ class Trained:
     def is_flow_map(self):
         return self.config.task.mode == "characteristic"
 
-    def with_steps(self, num_steps):
-        """The same model, to be sampled in another number of steps."""
-        return replace(self, config=self.config.replace("sampling", num_steps=num_steps))
+    def sampled(self, **settings):
+        """The same model with other settings of sampling, {setting: value}."""
+        return replace(self, config=self.config.replace("sampling", **settings))
 
     def images(self, seeds, given=None):
         """uint8 images (N, C, H, W) of a sequence of seeds, or of what is Given for them."""
@@ -407,10 +407,9 @@ def open_latents(trained, path):
     latents, images, labels, metadata = read_latents(path)
     given = from_latents(trained, latents, labels, f"the latents in {path}")
     found, data = metadata["config"].get("data", {}), trained.config.data
-    if found.get("centered", True) != data.centered or trained.config.network.label_dim and labels is not None:
-        names = tuple(found.get("class_names", ()))
-        if found.get("centered", True) != data.centered or names and data.class_names and names != data.class_names:
-            raise UserError(f"the latents in {path} are of another range of pixels, or of other classes, than this model's")
+    names = tuple(found.get("class_names", ())) if trained.config.network.label_dim and labels is not None else ()
+    if found.get("centered", True) != data.centered or names and data.class_names and names != data.class_names:
+        raise UserError(f"the latents in {path} are of another range of pixels, or of other classes, than this model's")
     theirs, ours = metadata["config"]["sampling"]["eval_eps1"], trained.config.sampling.eval_eps1
     if theirs != ours:
         why = f"the latents in {path} are states at t = 1 - {theirs}, and sampling starts at 1 - {ours}"

@@ -12,7 +12,6 @@ python teaser.py --checkpoint CKPT --interpolate 0 5 --latents OUT/latents.npz
 import dist_util
 from dist_util import UserError
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,8 +72,7 @@ def draw_classes(path, trained, run):
     if not count or run.trajectory or run.nsampling != PLAIN.nsampling or trained.config.sampling.class_idx >= 0:
         raise UserError("--per_class is for a conditional model, without --trajectory, --nsampling and --class_idx")
     seeds = range(run.start_seed, run.start_seed + columns)
-    of_class = [replace(trained, config=trained.config.replace("sampling", class_idx=i)) for i in range(count)]
-    picture, cell = misc.tile(torch.cat([model.images(seeds) for model in of_class]), columns)
+    picture, cell = misc.tile(torch.cat([trained.sampled(class_idx=i).images(seeds) for i in range(count)]), columns)
     figure, (ax,) = misc.new_figure(1, 0.6 * columns + 1, 0.6 * count + 0.2)
     ax.imshow(picture.permute(1, 2, 0))
     ax.set_yticks([(i + 0.5) * cell for i in range(count)], names if len(names) == count else range(count))

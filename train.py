@@ -609,8 +609,8 @@ def load_data(run, plan, flags, device):
     if theirs and names != theirs:
         raise UserError(f"the data has the classes {', '.join(names)}, and {teacher.path} has {', '.join(theirs)}")
     if isinstance(images, dataset.ImageFiles):
-        places = (images.path.resolve(), Path(config.data.data_path).resolve())
-        if config.data.data_name == "folder" and any(plan.workdir.resolve().is_relative_to(place) for place in places):
+        place = Path(config.data.data_path) if config.data.data_name == "folder" else images.path  # test/ is data, too
+        if plan.workdir.resolve().is_relative_to(place.resolve()):
             raise UserError(f"--workdir {plan.workdir} lies in --data_path: its pictures would be data; choose another")
         for line in images.conversions() if dist_util.rank() == 0 else ():
             misc.log(line)
@@ -632,12 +632,12 @@ def make_state(plan, config, images, fingerprint, mean):
     if teacher:
         teacher.mean, teacher.model = mean, teacher.model.at(config.speed.precision)
         network.start_from_teacher(model.net, teacher.model.net)
-    began = None
+    began = plan.saved.init if plan.saved else None
     if plan.init:
-        for line in dist_util.agree(lambda: list(checkpoint.init_weights(model.net, plan.init["ema"], plan.init["path"]))):
-            misc.log(line)
         began = {name: plan.init[name] for name in ("path", "sha256")}
-    began = plan.saved.init if plan.saved else began
+        weights = plan.init["content"]["ema"]
+        for line in dist_util.agree(lambda: list(checkpoint.init_weights(model.net, weights, began["path"]))):
+            misc.log(line)
     state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file, began)
     if plan.saved:
         state.restore(plan.saved)

@@ -47,7 +47,7 @@ class Plan:
     teacher: generator.Trained | None
     teacher_file: dict | None  # path and sha256
     in_place: bool  # whether it continues what is in its own workdir
-    init: dict | None  # path, sha256 and weights of the checkpoint that a new run begins with
+    init: dict | None  # content, path and sha256 of the checkpoint whose weights a new run begins with
     measures_sigma: bool  # --sigma_data auto
 
     @property
@@ -58,20 +58,13 @@ class Plan:
 
 def make_plan(run, flags, device):
     """The Plan of a command: a run that goes on keeps its settings, a student takes data and network from its teacher."""
-    if run.keep < 0:
-        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
-    if run.resume and run.fresh:
-        raise UserError("--resume continues and --fresh begins anew: leave one out")
-    if run.force and not run.fresh:
-        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
+    check_flags(run)
     workdir = choose_folder(run, flags)
     held = None if begins_anew(run, workdir) else load_last(workdir)
     if not held and not run.fresh and (workdir / "metrics.jsonl").exists():
         misc.log(f"{workdir} holds metrics but no checkpoint: the run begins anew there")
     named = load_named(run, workdir, held)
     saved = held or named
-    if run.init and run.resume:
-        raise UserError("--resume goes on with a run and --init begins one: leave one out")
     measures_sigma = flags.get("sigma_data") == "auto"
     if measures_sigma:
         if run.teacher:
@@ -91,12 +84,9 @@ def make_plan(run, flags, device):
         strict = {"sections": tuple(defaults.SECTIONS), "free": FREE, "advice": f"leave them out, {again}"} if held else {}
         config = checkpoint.override(saved.config, flags, saved.path, **strict)
     teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
+    init = find_init(run, saved)
     if not saved:
-        size = flags.get("image_size") or defaults.preset(flags.get("data_name", "digits"), "denoiser")["image_size"]
-        inherited = init_network(run.init, size) if run.init and not teacher else {}
-        if teacher:  # the flow map begins where the teacher's sampling does
-            inherited = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0}
-            inherited |= dict.fromkeys(("train_eps1", "eval_eps1"), teacher.config.sampling.eval_eps1)
+        inherited = inherit(flags, teacher, init)
         config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
     if teacher and config.distil.teacher_guidance != 1:
         generator.check_guidance(teacher)
@@ -108,24 +98,41 @@ def make_plan(run, flags, device):
     origin = held.origin if held else None
     if named:
         origin = {"path": os.path.abspath(named.path), "sha256": misc.file_hash(named.path), "step": named.step}
-    init = None
-    if saved and run.init and (saved.init or {}).get("path") != os.path.abspath(run.init):
-        raise UserError(f"{saved.path} did not begin with --init {run.init}: leave it out, or begin a new run")
-    if run.init and not saved:
-        init = {"path": os.path.abspath(run.init), "sha256": misc.file_hash(run.init), "ema": checkpoint.read(run.init)["ema"]}
     return Plan(config, workdir, saved, origin, teacher, teacher_file, held is not None, init, measures_sigma)
 
 
-def init_network(path, size):
-    """The settings of the network in a checkpoint, for images of `size` pixels, and its range of pixels.
+def check_flags(run):
+    """UserError where train.py's own flags do not go together."""
+    if run.keep < 0:
+        raise UserError(f"--keep is {run.keep}: it must be a number of checkpoints, or 0 for all")
+    if run.resume and run.fresh:
+        raise UserError("--resume continues and --fresh begins anew: leave one out")
+    if run.force and not run.fresh:
+        raise UserError("--force is for --fresh, to remove the run that --workdir holds: add it, or leave --force out")
+    if run.init and run.resume:
+        raise UserError("--resume goes on with a run and --init begins one: leave one out")
 
-    Its classes are those of the new data.
-    """
-    content = checkpoint.read(path)
-    if "config" not in content:
+
+def find_init(run, saved):
+    """What --init gives a new run, {content, path, sha256}, or None; UserError where a run that goes on began otherwise."""
+    if not run.init:
+        return None
+    path = os.path.abspath(run.init)
+    if saved and (saved.init or {}).get("path") != path:
+        raise UserError(f"{saved.path} did not begin with --init {run.init}: leave it out, or begin a new run")
+    return None if saved else {"content": checkpoint.read(run.init), "path": path, "sha256": misc.file_hash(path)}
+
+
+def inherit(flags, teacher, init):
+    """{setting: value} that a new run takes from its teacher or else from --init, but for the classes and size of its data."""
+    if teacher:  # the flow map begins where the teacher's sampling does
+        found = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0}
+        return found | dict.fromkeys(("train_eps1", "eval_eps1"), teacher.config.sampling.eval_eps1)
+    if not init or "config" not in init["content"]:
         return {}
-    config = defaults.from_dict(content["config"])
+    config = defaults.from_dict(init["content"]["config"])
     found = {name: value for name, value in vars(config.network).items() if name not in ("label_dim", "label_dropout")}
+    size = flags.get("image_size") or defaults.preset(flags.get("data_name", "digits"), "denoiser")["image_size"]
     there = [res in config.network.attn_resolutions for res in defaults.resolutions(config)]
     attention = tuple(size >> level for level, attends in enumerate(there) if attends)
     return {**found, "attn_resolutions": attention, "centered": config.data.centered}

@@ -10,7 +10,6 @@ more.  Each class gets the same number of images, of other seeds.  With several 
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -79,10 +78,12 @@ def main():
     parser.add_argument("--dest", help="PNG file for the scores against guidance")
     options = parser.parse_args()
     with dist_util.session() as device:
-        if generator.load_model(options.checkpoint).is_flow_map and options.guidance != [1.0]:
-            parser.error("a flow map has the guidance of its training: leave --guidance out")
-        flags = {"num_steps": options.num_steps, "data_path": options.data_path}
+        flags = {"num_steps": options.num_steps, "data_path": options.data_path, "ode_solver": options.ode_solver}
         trained = generator.load_model(options.checkpoint, flags, device)
+        if options.guidance != [1.0]:
+            if trained.is_flow_map:
+                parser.error("a flow map has the guidance of its training: leave --guidance out")
+            generator.check_guidance(trained)
         everything, train, test = real_images(trained.config)
         classify = classifier(*train, options.epochs, device)
         right = classify(test[0]) == test[1]
@@ -92,12 +93,10 @@ def main():
         print("| guidance | pixel FID | recognised |" + "".join(f" {i} |" for i in range(classes)))
         print("|---|---|---|" + "---|" * classes)
         for w in options.guidance:
-            flow = {} if trained.is_flow_map else {"guidance": w, "ode_solver": options.ode_solver}
-            images = []
-            for i in range(classes):
-                model = generator.load_model(options.checkpoint, {**flags, **flow}, device)
-                model = replace(model, config=model.config.replace("sampling", class_idx=i))
-                images.append(model.images(range(i * options.num, (i + 1) * options.num)))
+            images = [
+                trained.sampled(guidance=w, class_idx=i).images(range(i * options.num, (i + 1) * options.num))
+                for i in range(classes)
+            ]
             shares = [float((classify(part) == i).float().mean()) for i, part in enumerate(images)]
             score, share = fid.frechet_distance(reference, fid.measure(torch.cat(images), extract)), sum(shares) / classes
             rows.append((w, score, share))

@@ -178,18 +178,18 @@ def fit(config, d, data, teacher=None):
     with redirect_stderr(io.StringIO()):  # the bank's own progress bar
         objective.begin(0)
     noise = torch.Generator()
-    for step in range(config.train.train_steps):
-        objective.start_step(step)
-        train.seed_round(noise, config.train.seed, step, 0)
-        x0 = data[torch.randint(len(data), (config.train.global_bsz,), generator=noise)]
-        state.optim.zero_grad()
-        objective(x0, None, noise)[0].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    def loss():
+        train.seed_round(noise, config.train.seed, state.step, 0)
+        return objective(data[torch.randint(len(data), (config.train.global_bsz,), generator=noise)], None, noise)[0]
+
+    take_step = timing.training_step(state, loss)
+    while state.step < config.train.train_steps:
+        objective.start_step(state.step)
         for group in state.optim.param_groups:
-            group["lr"] = train.learning_rate(step, config.train)
-        state.optim.step()
-        state.ema.update(model, step)
-    return generator.Trained(state.ema.module, config, state.mean, step + 1, "")
+            group["lr"] = train.learning_rate(state.step, config.train)
+        take_step()
+    return generator.Trained(state.ema.module, config, state.mean, state.step, "")
 
 
 # ------------------------------------------------------------------------------------------------------------- orders

@@ -84,7 +84,8 @@ def training_step(state, loss):
         loss().backward()
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optim.step()
-        state.ema.update(state.model, 0)
+        state.ema.update(state.model, state.step)
+        state.step += 1
         return norm.item()
 
     return step

@@ -102,7 +102,7 @@ def test_published_network_is_edms_denoiser_in_our_coordinates(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_images_are_those_of_edms_own_sampler(name, steps, tmp_path):
     arrays, path = golden(name, tmp_path)
-    model = generator.load_model(path).with_steps(steps)
+    model = generator.load_model(path).sampled(num_steps=steps)
     seeds = arrays["seeds"].tolist()
     state, images = model.states(seeds)[-1], model.images(seeds).permute(0, 2, 3, 1)
     assert generator.nfe(model.config) == 2 * steps - 1

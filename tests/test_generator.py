@@ -505,7 +505,7 @@ def test_from_python_too_what_does_not_fit_is_refused():
     images, latents = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8)
     for call, message in (
         (lambda: flow.encode(images), "the model is a flow map, which runs to data alone"),
-        (lambda: denoiser.with_steps(1).encode(images), "--num_steps is 1: encoding takes 2 or more"),
+        (lambda: denoiser.sampled(num_steps=1).encode(images), "--num_steps is 1: encoding takes 2 or more"),
         (lambda: denoiser.encode(latents), r"the images are 2 of float32 \(1, 8, 8\): the model takes uint8 \(1, 8, 8\)"),
         (lambda: denoiser.encode(images[:, :, :7]), r"the images are 2 of uint8 \(1, 7, 8\)"),
         (lambda: denoiser.encode(images[:0]), "the images are 0 of"),
