@@ -183,7 +183,7 @@ def _storage(content):
 
 def _tensor(storage, offset, size, stride, *ignored):
     """ValueError for one that is larger than what is stored: torch would fill up with whatever is in the memory."""
-    if min((offset, *size, *stride)) < 0 or offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage.size():
+    if min((offset, *size, *stride)) < 0 or offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage._size():
         raise ValueError("a tensor without its numbers")
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
 
