@@ -20,8 +20,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import defaults
+import misc
 from conftest import ROOT, SHORT_STAGE_1, SHORT_STAGE_2, launch, run
 from processes import Job
 
@@ -93,7 +95,10 @@ def test_readme_commands_are_parsed_by_their_scripts(command):
     check_command(command)
 
 
-OTHERS = sorted(ROOT.glob("docs/*.md")) + [ROOT / "CONTRIBUTING.md"]
+OTHERS = [
+    *sorted(ROOT.glob("docs/*.md")),
+    *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "checkpoints/README", "stats/README")),
+]
 
 
 @pytest.mark.parametrize("command", sorted({command for document in OTHERS for command in commands_of(document)}))
@@ -226,6 +231,22 @@ def test_no_python_of_ours_is_ignored_by_git_and_no_data_is_tracked():
         pytest.skip("not a git checkout")
     assert {f"{name}.py" for name in MAY_IMPORT} <= set(tracked)
     assert [f for f in tracked if f.startswith(("data/", "logs/"))] == ["data/README.md", "data/digits.npz"]
+
+
+# ------------------------------------------------------------------------------------------------ published models
+
+
+def test_the_published_flow_map_draws_the_published_picture(tmp_path):
+    """Up to one level of 255 in a pixel, from float rounding: 64 digits in one evaluation each, with no other flag."""
+    run("teaser.py", "--checkpoint", ROOT / "checkpoints" / "mnist-characteristic.pth", "--dest", tmp_path / "drawn.png")
+    drawn, published = (np.array(Image.open(p)) for p in (tmp_path / "drawn.png", ROOT / "assets" / "mnist-one-step.png"))
+    assert drawn.shape == published.shape and np.abs(drawn.astype(int) - published).max() <= 1
+
+
+def test_the_hashes_of_the_published_models_are_theirs():
+    text = (ROOT / "checkpoints" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+\.pth)` .* ([0-9a-f]{64}) \|$", text, flags=re.M))
+    assert rows == {path.name: misc.file_hash(path) for path in (ROOT / "checkpoints").glob("*.pth")}
 
 
 # ------------------------------------------------------------------------------------------------------- settings
