@@ -22,7 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import dataset
 import defaults
+import fid
+import generator
 import misc
 from conftest import ROOT, SHORT_STAGE_1, SHORT_STAGE_2, launch, run
 from processes import Job
@@ -247,6 +250,14 @@ def test_the_hashes_of_the_published_models_are_theirs():
     text = (ROOT / "checkpoints" / "README.md").read_text()
     rows = dict(re.findall(r"^\| `([\w-]+\.pth)` .* ([0-9a-f]{64}) \|$", text, flags=re.M))
     assert rows == {path.name: misc.file_hash(path) for path in (ROOT / "checkpoints").glob("*.pth")}
+
+
+def test_the_published_digits_score_what_the_readme_says():
+    row = re.search(r"^\| flow map \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.M).group(1)
+    data = dataset.load(defaults.resolve({"data_name": "digits"}).data)
+    model = generator.load_model(ROOT / "checkpoints" / "digits-characteristic.pth", {}, "cpu")
+    reference, found = (fid.measure(images, fid.load_features("pixels")) for images in (data, model.images(range(1800))))
+    assert fid.frechet_distance(reference, found) == pytest.approx(float(row.split("|")[0]), abs=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------------- settings
