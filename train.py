@@ -60,6 +60,10 @@ class Objective:
     def start_step(self, step):
         """Called before each optimizer step."""
 
+    def watch(self):
+        """{name: number} to log beside the means, every log_freq steps; all ranks call it together."""
+        return {}
+
     def work(self, start, end, rounds):
         """For --dry_run: passes of bsz images, (forward and backward, without gradients), from step `start` to `end`."""
         return (end - start) * rounds, 0
@@ -138,7 +142,7 @@ class Trajectory(Distillation):
     """The paper's regression on the teacher's solutions, which are kept in a bank: see workdir.Bank.
 
     The bank is a ring of batches of global_bsz solutions, of which each rank holds its share, a function of (seed, rank, number
-    of the batch).  Which batches it holds is a function of the step.
+    of the batch).  Which batches it holds is a function of the step.  Behind them it has batch -1, which is never trained on.
     """
 
     def __init__(self, *args):
@@ -146,7 +150,7 @@ class Trajectory(Distillation):
         distil, train, device = self.config.distil, self.config.train, self.ts.device
         self.share = train.global_bsz // dist_util.world_size()
         self.slots = math.ceil(distil.bank_size / train.global_bsz)
-        self.labels = torch.zeros(self.slots, self.share, dtype=torch.long, device=device)
+        self.labels = torch.zeros(self.slots + 1, self.share, dtype=torch.long, device=device)
         self.pairs = sde.pair_probabilities(distil.grid_steps, distil.one_step_share, distil.to_data_share).flatten().to(device)
 
     def begin(self, step, folder=None):
@@ -157,11 +161,11 @@ class Trajectory(Distillation):
         about |= {name: getattr(distil, name) for name in ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho")}
         about["bank_dtype"] = distil.bank_dtype
         about |= {"teacher": misc.file_hash(self.teacher.path)} if folder else {}
-        form = (self.slots, shape, getattr(torch, distil.bank_dtype), self.ts.device)
+        form = (self.slots + 1, shape, getattr(torch, distil.bank_dtype), self.ts.device)
         self.bank = dist_util.agree(lambda: workdir.Bank(folder, about, *form))
         self.first = self.replaced(step)
-        with misc.progress(self.slots * self.share, "teacher's solutions") as bar:
-            for number in range(self.first, self.first + self.slots):
+        with misc.progress((self.slots + 1) * self.share, "teacher's solutions") as bar:
+            for number in (*range(self.first, self.first + self.slots), -1):
                 self.fill(number, bar)
 
     def start_step(self, step):
@@ -176,7 +180,7 @@ class Trajectory(Distillation):
         return step // freq if freq else 0
 
     def work(self, start, end, rounds):
-        batches = self.slots + self.replaced(end) - self.replaced(start)
+        batches = self.slots + 1 + self.replaced(end) - self.replaced(start)
         return (end - start) * rounds, batches * rounds * self.evaluations()
 
     @torch.no_grad()
@@ -184,7 +188,7 @@ class Trajectory(Distillation):
         """Put this rank's share of a batch into its place in the ring, if it is not there."""
         train, label_dim, device = self.config.train, self.config.network.label_dim, self.ts.device
         seed = misc.derive_seed(train.seed, "bank", dist_util.rank(), number)
-        generator, slot = torch.Generator(device).manual_seed(seed), number % self.slots
+        generator, slot = torch.Generator(device).manual_seed(seed), self.slots if number < 0 else number % self.slots
         z = torch.randn((self.share, *self.teacher.mean.shape), generator=generator, device=device)
         if label_dim:
             self.labels[slot] = torch.randint(label_dim, (self.share,), generator=generator, device=device)
@@ -198,6 +202,23 @@ class Trajectory(Distillation):
         if bar:
             bar.update(self.share)
 
+    @torch.no_grad()
+    def watch(self):
+        """The distance in one step, of the moving average: on the oldest batch of the bank, and on the one that is new to it.
+
+        Where the second is far larger, it knows the bank by heart: more solutions help then, and more steps do not.
+        """
+        found, noise, data = {}, 0, -1  # indices of times
+        for name, slot in (("one_step", self.first % self.slots), ("one_step_new", self.slots)):
+            total = torch.zeros((), device=self.ts.device)
+            for part in torch.arange(self.share).split(self.config.train.bsz):
+                x, end = self.bank.states[slot][noise, part].float(), self.bank.states[slot][data, part].float()
+                label = dataset.one_hot(self.labels[slot, part], self.config.network.label_dim)
+                t, s = self.ts[noise].expand(len(x)), self.ts[data].expand(len(x))
+                total += self.distance(sde.transport(x, self.ema(x, t, s, label), t, s), end).sum()
+            found[name] = dist_util.sum_over_ranks(total).item() / self.config.train.global_bsz
+        return found
+
     def __call__(self, x0, label, generator, place=0):
         train, distil, network = self.config.train, self.config.distil, self.config.network
         share = distil.dsm_share if distil.dsm_weight else 0
@@ -206,7 +227,7 @@ class Trajectory(Distillation):
         K = len(self.ts) - 1
         pair = torch.multinomial(self.pairs, n, replacement=True, generator=generator)
         k, l = pair // (K + 1), pair % (K + 1)
-        which = torch.randint(self.labels.numel(), (n,), generator=generator, device=k.device)
+        which = torch.randint(self.slots * self.share, (n,), generator=generator, device=k.device)
         slot, which = which // self.share, which % self.share
         states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
@@ -511,7 +532,10 @@ class Training:
             "time": f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}",
         }
         if workdir.bank_bytes(config):
-            lines["bank"] = f"{workdir.bank_bytes(config) / 1e9:.2f} GB in {self.folder}"
+            share = 1 - (config.distil.dsm_share if config.distil.dsm_weight else 0)
+            pairs = share * passes * self.objective.evaluations() / evaluations
+            size = f"{workdir.bank_bytes(config) / 1e9:.2f} GB"
+            lines["bank"] = f"{size} in {self.folder}; about {pairs:.1f} pairs are drawn of each solution"
         if dist_util.rank() == 0:
             print("\n".join(f"{name:12}{value}" for name, value in lines.items()))
 
@@ -547,7 +571,12 @@ class Training:
         state, train = self.state, self.config.train
         if not self.due(train.log_freq):
             return
-        line = {"step": state.step, **state.window.means(), "lr": learning_rate(state.step - 1, train)}
+        line = {
+            "step": state.step,
+            **state.window.means(),
+            **self.objective.watch(),
+            "lr": learning_rate(state.step - 1, train),
+        }
         line |= self.lately.line(self.generator.device)
         line["images_seen"] = state.step * train.global_bsz
         self.note(line)

@@ -231,7 +231,8 @@ def bank_bytes(config):
     distil, data = config.distil, config.data
     if config.task.mode == "denoiser" or distil.objective != "trajectory":
         return 0
-    states = math.ceil(distil.bank_size / config.train.global_bsz) * config.train.global_bsz * (distil.grid_steps + 1)
+    slots = math.ceil(distil.bank_size / config.train.global_bsz) + 1  # train.Trajectory's, and one that is not trained on
+    states = slots * config.train.global_bsz * (distil.grid_steps + 1)
     values = states * data.image_channels * data.image_size**2
     return values * getattr(torch, distil.bank_dtype).itemsize
 
@@ -413,7 +414,12 @@ def append_metrics(workdir, line):
 
 # Titles of panels, by what lines of metrics.jsonl hold; stage 1 calls its loss `loss`, stage 2 `denoising`.
 PANELS = {"loss": "denoising loss", "denoising": "denoising loss", "distance": "distance", "lr": "learning rate"}
-PANELS |= {"val_loss": "held-out denoising loss", "pixel_fid": "pixel FID", "fid": "FID"}
+PANELS |= {
+    "one_step": "one step; dotted: new noise",
+    "val_loss": "held-out denoising loss",
+    "pixel_fid": "pixel FID",
+    "fid": "FID",
+}
 
 
 def draw_curves(workdir):
@@ -429,6 +435,8 @@ def draw_curves(workdir):
         for ax, name in zip(axes, shown):
             steps, values = zip(*((line["step"], line[name]) for line in lines if name in line))
             ax.plot(steps, values, "." if len(steps) == 1 else "-")
+            if name == "one_step":
+                ax.plot(steps, [line["one_step_new"] for line in lines if name in line], ":", color="C0")
             ax.set(title=PANELS[name], xlabel="step", yscale="linear" if name == "lr" else "log")
         for values, style in zip((bins[0], bins[-1]) if bins else (), (":", "-")):  # dotted: the first time
             axes[-1].plot([(i + 0.5) / len(values) for i in range(len(values))], values, style, color="C0")

@@ -42,12 +42,12 @@ STAGE_2 += " --teacher_solver dpm --num_steps 20 --bank_size 2048 --bank_refresh
 RUNS = {
     1: {
         "base": ("the base", ""),
+        "seed": ("the base, with another seed", "--seed 1"),
         "range": ("pixels in [0, 1], sigma_data 1: the reference's", "--centered false --sigma_data 1"),
         "sigma-1": ("sigma_data 1", "--sigma_data 1"),
         "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
         "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
         "constant": ("learning rate stays", "--lr_decay none"),
-        "ema": ("average of weights 0.998", "--ema_decay 0.998"),
         "attention": ("attention at 7x7", "--attn_resolutions 7"),
         "dropout": ("dropout 0.1", "--dropout 0.1"),
         "wide": ("32 channels, a third of the steps", "--model_channels 32 --train_steps {third}"),
@@ -56,20 +56,20 @@ RUNS = {
     },
     2: {
         "base": ("the base", ""),
+        "seed": ("the base, with another seed", "--seed 1"),
+        "l2": ("squared distance, not huber", "--loss_norm l2"),
         "deis": ("the teacher's solver is deis", "--teacher_solver deis"),
-        "K-10": ("a grid of 10 steps, not 20", "--num_steps 10"),
-        "K-40": ("a grid of 40 steps", "--num_steps 40"),
-        "bank-512": ("a bank of 512 solutions, not 2,048", "--bank_size 512"),
-        "bank-8192": ("a bank of 8,192 solutions", "--bank_size 8192"),
-        "kept": ("the bank is never renewed", "--bank_refresh_freq 0"),
-        "dsm-0": ("no stage-1 loss", "--dsm_weight 0"),
-        "dsm-2": ("stage-1 loss with weight 2, not 0.5", "--dsm_weight 2"),
         "one-step-1": ("a tenth of the pairs from noise to data, not 0.4", "--one_step_share 0.1"),
         "one-step-7": ("0.7 of the pairs from noise to data", "--one_step_share 0.7"),
-        "l2": ("squared distance, not huber", "--loss_norm l2"),
-        "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
+        "dsm-0": ("no stage-1 loss", "--dsm_weight 0"),
+        "dsm-2": ("stage-1 loss with weight 2, not 0.5", "--dsm_weight 2"),
+        "bank-512": ("a bank of 512 solutions, not 2,048", "--bank_size 512"),
+        "kept": ("the bank is never renewed", "--bank_refresh_freq 0"),
         "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
-        "ema": ("average of weights 0.998", "--ema_decay 0.998"),
+        "K-10": ("a grid of 10 steps, not 20", "--num_steps 10"),
+        "K-40": ("a grid of 40 steps", "--num_steps 40"),
+        "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
+        "bank-8192": ("a bank of 8,192 solutions", "--bank_size 8192"),
         "batch": ("half the batch, twice the steps", "--global_bsz 64 --bsz 64 --train_steps {twice}"),
     },
 }
@@ -136,7 +136,8 @@ class Study:
         minutes, figure, (ax,) = None, *misc.new_figure(1, 5, 3.5)
         print("| objective | steps | minutes |" + "".join(f" {n} |" for n in NFE) + "\n|---|---|---|" + "---|" * len(NFE))
         for objective in ("trajectory", "semigroup"):
-            base = f"--mode characteristic --teacher {self.options.teacher} {STAGE_2} --objective {objective} --dump_freq "
+            base = f"--mode characteristic --teacher {self.options.teacher} {STAGE_2} --objective {objective}"
+            base += " --keep 0 --dump_freq "
             folder, steps, limit = self.folder / "curve" / objective, self.options.train_steps, minutes
 
             def work():

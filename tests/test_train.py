@@ -139,8 +139,8 @@ def test_ranks_rounds_and_steps_draw_different_noise_and_the_same_again(monkeypa
 
 
 def solutions(objective):
-    """All states of the bank, (K + 1, N, C, H, W)."""
-    return objective.bank.states.transpose(0, 1).flatten(1, 2)
+    """All states of the bank that are trained on, (K + 1, N, C, H, W)."""
+    return objective.bank.states[: objective.slots].transpose(0, 1).flatten(1, 2)
 
 
 def test_bank_holds_the_teachers_solutions_and_is_refreshed():
@@ -178,7 +178,7 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
         return objective, made
 
     first, made = begun(0)
-    assert made == 3
+    assert made == 4  # with the batch that is not trained on
     for step in range(1, 5):
         first.start_step(step)
     solved.clear()
@@ -186,7 +186,7 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     assert made == 0 and torch.equal(solutions(again), solutions(first))
     back, made = begun(3)  # killed after its last checkpoint: of one batch the place was taken
     assert made == 1 and torch.equal(solutions(back), solutions(begun(3, None)[0]))
-    assert begun(3, grid_steps=3)[1] == 3 and begun(3)[1] == 3  # another grid
+    assert begun(3, grid_steps=3)[1] == 4 and begun(3)[1] == 4  # another grid
     with open(tmp_path / "bank-0.bin", "r+b") as file:
         file.seek(100)
         file.write(b"damage")
@@ -195,9 +195,32 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "bank-0.json").read_text())
     for text in ("{", "[]", json.dumps({**record, "held": {"0": 5}}), json.dumps({**record, "held": {"0": []}})):
         (tmp_path / "bank-0.json").write_text(text)
-        assert begun(3)[1] == 3
+        assert begun(3)[1] == 4
     teacher.path.write_bytes(b"another teacher")
-    assert begun(3)[1] == 3
+    assert begun(3)[1] == 4
+
+
+def test_a_flow_map_that_knows_its_bank_by_heart_shows():
+    """`one_step` falls and `one_step_new` does not: the batch behind the bank is never trained on."""
+    teacher = tiny_teacher()
+    student, config = student_of(teacher, bank_size=8, bank_refresh_freq=0, dsm_weight=0.0, dsm_share=0.0, to_data_share=0.0)
+    objective = objective_of(teacher, student, config)
+    objective.ema = student
+    x, end = objective.bank.states[1, 0], objective.bank.states[1, -1]
+    t, s = (objective.ts[k].expand(8) for k in (0, -1))
+    with torch.no_grad():
+        expected = sde.DISTANCES["huber"](sde.transport(x, student(x, t, s), t, s), end).mean().item()
+    before = objective.watch()
+    assert before["one_step_new"] == pytest.approx(expected, rel=1e-5)
+    kept, objective.bank.states[1] = objective.bank.states[1].clone(), float("nan")
+    optim, source = torch.optim.Adam(student.parameters(), 2e-3), torch.Generator().manual_seed(0)
+    for _ in range(150):
+        optim.zero_grad()
+        objective(torch.rand(8, 1, 8, 8), None, source)[0].backward()
+        optim.step()
+    objective.bank.states[1] = kept
+    after = objective.watch()
+    assert after["one_step"] < 0.5 * before["one_step"] and after["one_step_new"] > 2 * after["one_step"], (before, after)
 
 
 @pytest.mark.parametrize("objective", ["trajectory", "semigroup"])
@@ -492,7 +515,7 @@ def test_a_dry_run_times_what_each_objective_computes(solver, evaluations):
     assert train.Objective(None, None).work(2, 10, 3) == (24, 0)
     teacher = tiny_teacher()
     student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2, teacher_solver=solver, grid_steps=4)
-    assert objective_of(teacher, student, config).work(2, 10, 3) == (24, (2 + 4) * 3 * evaluations)
+    assert objective_of(teacher, student, config).work(2, 10, 3) == (24, (2 + 1 + 4) * 3 * evaluations)
     student, config = student_of(teacher, objective="semigroup", teacher_steps=2, teacher_solver=solver, grid_steps=4)
     mean = (1 * 1 + 2 * 2) / 3
     assert objective_of(teacher, student, config).work(2, 10, 3) == pytest.approx((48, 24 * (mean * evaluations / 4 + 3)))
