@@ -149,6 +149,7 @@ class Trajectory(Distillation):
         super().__init__(*args)
         distil, train, device = self.config.distil, self.config.train, self.ts.device
         self.share = train.global_bsz // dist_util.world_size()
+        self.dsm_share = distil.dsm_share if distil.dsm_weight else 0  # of each batch
         self.slots = math.ceil(distil.bank_size / train.global_bsz)
         self.labels = torch.zeros(self.slots + 1, self.share, dtype=torch.long, device=device)
         self.pairs = sde.pair_probabilities(distil.grid_steps, distil.one_step_share, distil.to_data_share).flatten().to(device)
@@ -221,7 +222,7 @@ class Trajectory(Distillation):
 
     def __call__(self, x0, label, generator, place=0):
         train, distil, network = self.config.train, self.config.distil, self.config.network
-        share = distil.dsm_share if distil.dsm_weight else 0
+        share = self.dsm_share
         n_dsm = round((place + len(x0)) * share) - round(place * share)  # such that all parts have the share together
         n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
         K = len(self.ts) - 1
@@ -532,8 +533,7 @@ class Training:
             "time": f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}",
         }
         if workdir.bank_bytes(config):
-            share = 1 - (config.distil.dsm_share if config.distil.dsm_weight else 0)
-            pairs = share * passes * self.objective.evaluations() / evaluations
+            pairs = (1 - self.objective.dsm_share) * passes * self.objective.evaluations() / evaluations
             size = f"{workdir.bank_bytes(config) / 1e9:.2f} GB"
             lines["bank"] = f"{size} in {self.folder}; about {pairs:.1f} pairs are drawn of each solution"
         if dist_util.rank() == 0:

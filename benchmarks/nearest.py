@@ -26,10 +26,10 @@ SHOWN, NEAREST = 16, 3
 
 def nearest(images, train, count=NEAREST):
     """Distances and indices (N, count) of the images of `train` that are nearest to `images`, uint8 (N, C, H, W)."""
-    kept = []
+    kept, train = [], train.flatten(1) / 255
     with misc.progress(len(images), "nearest") as bar:
         for part in images.split(200):
-            kept.append(torch.cdist(part.flatten(1) / 255, train.flatten(1) / 255).topk(count, largest=False))
+            kept.append(torch.cdist(part.flatten(1) / 255, train).topk(count, largest=False))
             bar.update(len(part))
     return (torch.cat(parts) for parts in zip(*kept))
 
@@ -44,11 +44,8 @@ def main():
     options = parser.parse_args()
     with dist_util.session() as device:
         trained = generator.load_model(options.checkpoint, {"num_steps": options.num_steps}, device)
-        sets = {
-            split: defaults.resolve({"split": split, "data_path": options.data_path}, trained.config)
-            for split in ("train", "test")
-        }
-        train, test = (dataset.load(config.data) for config in sets.values())
+        flags = ({"split": split, "data_path": options.data_path} for split in ("train", "test"))
+        train, test = (dataset.load(defaults.resolve(flag, trained.config).data) for flag in flags)
         train, test = train.batch(range(len(train)))[0], test.batch(range(min(options.num, len(test))))[0]
         print("| images | median distance | nearest 1 % | nearest of all |\n|---|---|---|---|")
         for name, images in (("drawn", trained.images(range(options.num))), ("test", test)):

@@ -32,31 +32,32 @@ import misc  # noqa: E402
 
 SEED = 1_000_000  # the first of the images'
 NFE = (1, 2, 5, 10)
-SHARED = "--precision bf16 --sampling_freq 0 --train_eps0 1e-3"
-STAGE_1 = f"{SHARED} --lr 2e-3 --lr_rampup_steps 50 --lr_decay cosine --ema_decay 0.99 --dropout 0 --centered --sigma_data 0.6"
-STAGE_1 += " --model_channels 16 --channel_mult 1 2 4 --num_blocks 2 --attn_resolutions --global_bsz 128 --bsz 128"
-STAGE_2 = f"{SHARED} --lr 2e-3 --lr_rampup_steps 50 --lr_decay cosine --ema_decay 0.99 --dropout 0 --global_bsz 128 --bsz 128"
-STAGE_2 += " --teacher_solver dpm --num_steps 20 --bank_size 2048 --bank_refresh_freq 32 --dsm_weight 0.5"
+SHARED = "--precision bf16 --sampling_freq 0 --train_eps0 1e-3 --dropout 0 --global_bsz 128 --bsz 128"
+SHARED += " --lr 2e-3 --lr_rampup_steps 50 --lr_decay cosine --ema_decay 0.99"
+STAGE_1 = f"{SHARED} --centered --sigma_data 0.6 --model_channels 16 --channel_mult 1 2 4 --num_blocks 2 --attn_resolutions"
+STAGE_2 = f"{SHARED} --teacher_solver dpm --num_steps 20 --bank_size 2048 --bank_refresh_freq 32 --dsm_weight 0.5"
 
 # name: (what it is, flags that come after the base's)
+EITHER = {
+    "base": ("the base", ""),
+    "seed": ("the base, with another seed", "--seed 1"),
+    "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
+    "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
+    "batch": ("half the batch, twice the steps", "--global_bsz 64 --bsz 64 --train_steps {twice}"),
+}
 RUNS = {
     1: {
-        "base": ("the base", ""),
-        "seed": ("the base, with another seed", "--seed 1"),
+        **EITHER,
         "range": ("pixels in [0, 1], sigma_data 1: the reference's", "--centered false --sigma_data 1"),
         "sigma-1": ("sigma_data 1", "--sigma_data 1"),
-        "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
-        "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
         "constant": ("learning rate stays", "--lr_decay none"),
         "attention": ("attention at 7x7", "--attn_resolutions 7"),
         "dropout": ("dropout 0.1", "--dropout 0.1"),
         "wide": ("32 channels, a third of the steps", "--model_channels 32 --train_steps {third}"),
         "deep": ("4 blocks, half of the steps", "--num_blocks 4 --train_steps {half}"),
-        "batch": ("half the batch, twice the steps", "--global_bsz 64 --bsz 64 --train_steps {twice}"),
     },
     2: {
-        "base": ("the base", ""),
-        "seed": ("the base, with another seed", "--seed 1"),
+        **EITHER,
         "l2": ("squared distance, not huber", "--loss_norm l2"),
         "deis": ("the teacher's solver is deis", "--teacher_solver deis"),
         "one-step-1": ("a tenth of the pairs from noise to data, not 0.4", "--one_step_share 0.1"),
@@ -64,13 +65,10 @@ RUNS = {
         "dsm-0": ("no stage-1 loss", "--dsm_weight 0"),
         "dsm-2": ("stage-1 loss with weight 2, not 0.5", "--dsm_weight 2"),
         "bank-512": ("a bank of 512 solutions, not 2,048", "--bank_size 512"),
+        "bank-8192": ("a bank of 8,192 solutions", "--bank_size 8192"),
         "kept": ("the bank is never renewed", "--bank_refresh_freq 0"),
-        "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
         "K-10": ("a grid of 10 steps, not 20", "--num_steps 10"),
         "K-40": ("a grid of 40 steps", "--num_steps 40"),
-        "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
-        "bank-8192": ("a bank of 8,192 solutions", "--bank_size 8192"),
-        "batch": ("half the batch, twice the steps", "--global_bsz 64 --bsz 64 --train_steps {twice}"),
     },
 }
 
@@ -98,15 +96,14 @@ class Study:
         return seconds / 60 / torch.get_num_threads()
 
     def score(self, checkpoint, steps):
-        trained = generator.load_model(checkpoint, {"num_steps": steps, "precision": "bf16"}, self.device)
-        if not trained.is_flow_map:
-            trained = trained.sampled(ode_solver="dpm")
+        flags = {"num_steps": steps, "precision": "bf16", "ode_solver": "dpm"}  # a flow map has no solver
+        trained = generator.load_model(checkpoint, flags, self.device)
         images = generator.Generated(trained, range(SEED, SEED + self.options.num))
         return fid.frechet_distance(self.reference, fid.measure(images, self.extract))
 
     def once(self, folder, work):
-        """What work() returns, kept in a file, so that it is done once."""
-        path = self.folder / folder / "result.json"
+        """What work() returns, kept in a file of the folder, so that it is done once."""
+        path = folder / "result.json"
         if not path.exists():
             misc.write_json(path, work())
         return json.loads(path.read_text())
@@ -127,7 +124,7 @@ class Study:
                 minutes = self.train(folder, f"{mode} {base} {flags}", steps)
                 return {"minutes": minutes, "scores": [self.score(folder / "latest.pth", n) for n in grid]}
 
-            found = self.once(folder.relative_to(self.folder), work)
+            found = self.once(folder, work)
             scores = "".join(f" {value:.3f} |" for value in found["scores"])
             print(f"| {title} | {found['minutes']:.1f} |{scores}", flush=True)
 
@@ -138,19 +135,20 @@ class Study:
         for objective in ("trajectory", "semigroup"):
             base = f"--mode characteristic --teacher {self.options.teacher} {STAGE_2} --objective {objective}"
             base += " --keep 0 --dump_freq "
-            folder, steps, limit = self.folder / "curve" / objective, self.options.train_steps, minutes
+            folder, limit = self.folder / "curve" / objective, minutes
 
             def work():
-                first = self.train(self.folder / "curve" / f"{objective}-1", base + "1", 1)  # with the bank
-                some = self.train(self.folder / "curve" / f"{objective}-11", base + "11", 11)
-                n = steps if limit is None else round((limit - first) / (some - first) * 10)
+                first, n = self.train(Path(f"{folder}-1"), base + "1", 1), self.options.train_steps  # with the bank
+                if limit:
+                    some = self.train(Path(f"{folder}-11"), base + "11", 11)
+                    n = round((limit - first) / (some - first) * 10)
                 freq = max(n // 8, 1)
                 total = self.train(folder, base + str(freq), n)
                 at = [i for i in range(freq, n + 1, freq) if i + freq <= n] + [n]
                 on_the_way = [(first + (total - first) * i / n, self.score(folder / f"DDPMpp-{i:06d}.pth", 1)) for i in at]
                 return {"curve": on_the_way, "steps": n, "scores": [self.score(folder / "latest.pth", k) for k in NFE]}
 
-            found = self.once(Path("curve") / objective, work)
+            found = self.once(folder, work)
             minutes = found["curve"][-1][0]
             ax.plot(*zip(*found["curve"]), "o-", label=objective)
             scores = "".join(f" {value:.3f} |" for value in found["scores"])
@@ -170,6 +168,9 @@ def main():
     parser.add_argument("--data_path", default="data", help="where the data set is (default: data)")
     parser.add_argument("--workdir", default="logs/recipe", help="folder of the runs (default: logs/recipe)")
     options = parser.parse_args()
+    known = {} if options.stage == "curve" else RUNS[int(options.stage)]
+    if options.runs and not known.keys() >= set(options.runs):
+        parser.error(f"--runs of stage {options.stage} are {', '.join(known) or 'none'}")
     if options.stage != "1" and not options.teacher:
         parser.error("stage 2 needs a denoiser: add --teacher")
     with dist_util.session() as device:

@@ -234,6 +234,7 @@ def test_no_python_of_ours_is_ignored_by_git_and_no_data_is_tracked():
         pytest.skip("not a git checkout")
     assert {f"{name}.py" for name in MAY_IMPORT} <= set(tracked)
     assert [f for f in tracked if f.startswith(("data/", "logs/"))] == ["data/README.md", "data/digits.npz"]
+    assert [f for f in tracked if f.startswith("stats/")] == ["stats/README.md", "stats/stats.csv"]
 
 
 # ------------------------------------------------------------------------------------------------ published models
