@@ -250,7 +250,7 @@ def _run(main):
         return _refuse(error, speaks or isinstance(error, LoneError))
     except Stopped as stopped:
         if speaks:
-            print(f"stopped by {signal.Signals(stopped.number).name}{stopped.note}", file=sys.stderr)
+            print(f"\nstopped by {signal.Signals(stopped.number).name}{stopped.note}", file=sys.stderr)  # a bar may be open
         return 128 + stopped.number
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import misc
 from conftest import ENDLESS, ROOT, SMALL, has_trained, launch, wait_for
 from processes import Job
 
@@ -131,6 +132,24 @@ def test_scripts_that_are_stopped_leave_with_one_line(models, tmp_path, script, 
     assert job.wait(20) == [143] * ranks, job.err()
     lines = re.split(r"[\r\n]+", job.err())
     assert [line for line in lines if line and "img/s" not in line] == ["stopped by SIGTERM"] and job.out() == ""
+
+
+def stop_in_the_first_bar():
+    """SIGTERM while a progress bar is being made: it has drawn itself, and nobody closes it."""
+    real = misc.Bar.__init__
+
+    def made(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    misc.Bar.__init__ = made
+
+
+def test_the_line_of_a_signal_stands_alone_behind_a_bar_that_is_not_finished(models, tmp_path):
+    command = ["fid.py", "--checkpoint", models / "ode" / "latest.pth", "--end_seed", "99", "--mode", "gen", "--dest", "x.npz"]
+    job = Job(tmp_path / "log", *command, prepare=stop_in_the_first_bar, cwd=tmp_path)
+    assert job.wait(20) == [143], job.err()
+    assert "stopped by SIGTERM" in job.err().splitlines(), job.err()
     assert not (tmp_path / "x.npz").exists() and not list(tmp_path.glob("out/.*.tmp"))
 
 
