@@ -61,8 +61,8 @@ def score(models, run, device, num_workers):
                 images, made = find_images(Path(run.images) / f"{mode}-{steps}", made["made_by"])
             found = fid.measure(images, extract, made, num_workers=num_workers)
             rows.append(fid.table_row({"fid": fid.frechet_distance(reference, found)}, found.metadata, run.ref_path))
-    if len({row["n"] for row in rows}) > 1:
-        raise UserError(f"the folders in {run.images} hold different numbers of images: make them with the same seeds")
+    if len({(row["n"], row["start_seed"], row["end_seed"]) for row in rows}) > 1:
+        raise UserError(f"the folders in {run.images} hold images of different seeds: make them with the same")
     return rows
 
 

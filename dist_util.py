@@ -95,8 +95,10 @@ def session():
     launched, device = _launched(), torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this machine: lower it")
+        count = torch.cuda.device_count()
+        if device.index >= count:  # one such rank of a machine says it
+            refusal = LoneError if device.index == count else UserError
+            raise refusal(f"--nproc_per_node is more than the number of GPUs of this machine, {count}: lower it")
         torch.cuda.set_device(device)
     else:
         keep_memory()

@@ -14,9 +14,12 @@ import dist_util
 from dist_util import UserError
 
 import csv
+import fcntl
 import json
 import math
+import os
 import random
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -369,7 +372,7 @@ COLUMNS = (
     "mode", "dataset", "step", "solver", "num_steps", "nfe", "eps0", "churn", "s_min", "s_max", "gamma", "FID",
     "kid", "kid_stderr", "precision", "recall", "n", "subset_of", "subset_seed", "start_seed", "end_seed", "class_idx", "eps1",
     "rho", "image", "features", "weights", "forced", "source", "sha256", "ref_path", "reference", "time_grid", "guidance",
-    "guide", "raw", "begin",
+    "guide", "raw", "begin", "network_precision",
 )  # fmt: skip
 
 
@@ -387,13 +390,13 @@ def read_table(path):
 def table_row(values, metadata, ref_path, forced=False):
     """A row of a table of scores, by COLUMNS; hashes are SHA-256, and what is unknown is left out."""
     made_by, subset = metadata.get("made_by", {}), metadata.get("subset", {})
-    mode, data, sampling = (made_by.get("config", {}).get(name, {}) for name in ("task", "data", "sampling"))
+    mode, data, sampling, speed = (made_by.get("config", {}).get(name, {}) for name in ("task", "data", "sampling", "speed"))
     solver = "sde" if sampling.get("sde") else sampling.get("ode_solver")
     row = {name: metadata.get(name) for name in ("n", "features", "weights", "source")}
     row |= {name: made_by.get(name) for name in ("step", "nfe", "start_seed", "end_seed", "sha256", "guide", "raw")}
     row |= {name: sampling.get(name) for name in ("num_steps", "churn", "s_min", "s_max", "gamma", "class_idx")}
     row |= {name: sampling.get(name) for name in ("rho", "time_grid", "guidance")}
-    row["begin"] = json.dumps(made_by["begin"]) if "begin" in made_by else None
+    row |= {"begin": json.dumps(made_by["begin"]) if "begin" in made_by else None, "network_precision": speed.get("precision")}
     row |= {"eps0": sampling.get("eval_eps0"), "eps1": sampling.get("eval_eps1"), "dataset": data.get("data_name")}
     row |= {"mode": mode.get("mode"), "solver": "flow map" if mode.get("mode") == "characteristic" else solver}
     row |= {"subset_of": subset.get("of"), "subset_seed": subset.get("seed"), "forced": forced or None}
@@ -414,6 +417,19 @@ def write_table(path, rows, before=""):
         if not before:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def append_row(path, row):
+    """Add a row of table_row() to the table `path`; others that add one at the same time take turns."""
+    folder = Path(path).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        write_table(path, [row], read_table(path))
+    finally:
+        os.close(handle)
 
 
 def open_source(run, flags, device):
@@ -512,8 +528,7 @@ def report(run, metrics, reference, images, device):
     values = score(reference, images, metrics, device)
     print("\n".join(show(value) if len(values) == 1 else f"{name} {show(value)}" for name, value in values.items()), flush=True)
     if run.csv:
-        row = table_row(values, images.metadata, run.ref_path, run.force)
-        write_table(run.csv, [row], read_table(run.csv))
+        append_row(run.csv, table_row(values, images.metadata, run.ref_path, run.force))
     if "kid" in values:  # four decimals are few for it
         misc.log(f"1000 kid = {1000 * values['kid']:.4f}, standard error {1000 * values['kid_stderr']:.4f}")
 

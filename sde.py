@@ -152,8 +152,8 @@ def slerp(a, b, u):
 
 
 # --------------------------------------------------------------------------------------------------------- steps
-# A step takes x at time t to time s < t, or up to s > t > 0, for t < 1.  The flow map is one, down alone; these make the others
-# from a denoiser.
+# A step takes x from time t down to s < t.  The flow map is such a step.  These make others from a denoiser, which also go up,
+# for 0 < t < s < 1.
 
 
 def euler_step(denoise, x, t, s):

@@ -30,21 +30,21 @@ import workdir
 
 # ----------------------------------------------------------------------------------------------------- objectives
 # A step's batch is split into parts, one for each round of each rank.  An objective is called with a part: images
-# (B, C, H, W), one-hot labels or None, a generator on their device, and the place of its first image in the batch.  It
+# (B, C, H, W), one-hot labels or None, a random generator on their device, and the place of its first image in the batch.  It
 # returns a scalar to differentiate and what to log, {name: scalar tensor}; the mean over all parts is the step's value.
 
 
-def normal(like, generator):
-    return torch.randn(like.shape, generator=generator, device=like.device)
+def normal(like, source):
+    return torch.randn(like.shape, generator=source, device=like.device)
 
 
 def mean(values):
     return values.mean() if len(values) else values.sum()
 
 
-def training_times(n, train, generator):
+def training_times(n, train, source):
     """(n,) times, uniform on [train_eps0, 1]."""
-    t = torch.rand(n, generator=generator, device=generator.device)
+    t = torch.rand(n, generator=source, device=source.device)
     return train.train_eps0 + (1 - train.train_eps0) * t
 
 
@@ -72,9 +72,9 @@ class Objective:
 class Denoising(Objective):
     """Stage 1."""
 
-    def __call__(self, x0, label, generator, place=0):
-        t = training_times(len(x0), self.config.train, generator)
-        d = self.model(sde.interpolate(x0, normal(x0, generator), t), t, label=label)
+    def __call__(self, x0, label, source, place=0):
+        t = training_times(len(x0), self.config.train, source)
+        d = self.model(sde.interpolate(x0, normal(x0, source), t), t, label=label)
         loss = sde.denoising_loss(d, x0, t, self.config.network.sigma_data).mean()
         return loss, {"loss": loss}
 
@@ -96,7 +96,7 @@ class Distillation(Objective):
 
     @torch.no_grad()
     def target(self, x0, z, t, label):
-        """What the stage-1 loss asks for: a guided teacher is not what the data say, so its word; else None, the data."""
+        """What the stage-1 loss regresses on: None for the images, or what a guided teacher says, whose ODE leads elsewhere."""
         distil = self.config.distil
         if distil.teacher_guidance == 1 or not distil.dsm_weight or not len(x0):
             return None
@@ -150,14 +150,14 @@ class Trajectory(Distillation):
         distil, train, device = self.config.distil, self.config.train, self.ts.device
         self.share = train.global_bsz // dist_util.world_size()
         self.dsm_share = distil.dsm_share if distil.dsm_weight else 0  # of each batch
-        self.slots = math.ceil(distil.bank_size / train.global_bsz)
+        self.slots = workdir.bank_slots(self.config)
         self.labels = torch.zeros(self.slots + 1, self.share, dtype=torch.long, device=device)
         self.pairs = sde.pair_probabilities(distil.grid_steps, distil.one_step_share, distil.to_data_share).flatten().to(device)
 
     def begin(self, step, folder=None):
         distil, shape = self.config.distil, (len(self.ts), self.share, *self.teacher.mean.shape)
         about = {"ranks": dist_util.world_size(), "device": self.ts.device.type, "torch": torch.__version__}
-        about |= {name: value for name, value in defaults.to_dict(self.config).items() if name in ("data", "network", "speed")}
+        about |= {name: value for name, value in defaults.to_dict(self.config).items() if name in ("network", "speed")}
         about |= {name: getattr(self.config.train, name) for name in ("seed", "global_bsz", "bsz", "train_eps0", "train_eps1")}
         about |= {name: getattr(distil, name) for name in ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho")}
         about["bank_dtype"] = distil.bank_dtype
@@ -181,18 +181,25 @@ class Trajectory(Distillation):
         return step // freq if freq else 0
 
     def work(self, start, end, rounds):
-        batches = self.slots + 1 + self.replaced(end) - self.replaced(start)
-        return (end - start) * rounds, batches * rounds * self.evaluations()
+        return (end - start) * rounds, (self.solved(start, end) + 1) * rounds * self.evaluations()
+
+    def solved(self, start, end):
+        """How many batches the bank holds for training, one after the other, from step `start` to `end`."""
+        return self.slots + self.replaced(end - 1) - self.replaced(start)
+
+    def pairs_of_each(self, start, end):
+        """How many pairs are drawn of each solution in these steps, in the mean."""
+        return (1 - self.dsm_share) * (end - start) / self.solved(start, end)
 
     @torch.no_grad()
     def fill(self, number, bar=None):
         """Put this rank's share of a batch into its place in the ring, if it is not there."""
         train, label_dim, device = self.config.train, self.config.network.label_dim, self.ts.device
         seed = misc.derive_seed(train.seed, "bank", dist_util.rank(), number)
-        generator, slot = torch.Generator(device).manual_seed(seed), self.slots if number < 0 else number % self.slots
-        z = torch.randn((self.share, *self.teacher.mean.shape), generator=generator, device=device)
+        source, slot = torch.Generator(device).manual_seed(seed), self.slots if number < 0 else number % self.slots
+        z = torch.randn((self.share, *self.teacher.mean.shape), generator=source, device=device)
         if label_dim:
-            self.labels[slot] = torch.randint(label_dim, (self.share,), generator=generator, device=device)
+            self.labels[slot] = torch.randint(label_dim, (self.share,), generator=source, device=device)
         if not self.bank.holds(slot, number):
             with self.bank.writing(slot, number) as states:
                 for part in torch.arange(self.share).split(4 * train.bsz):  # without a graph, four times as many fit
@@ -216,30 +223,30 @@ class Trajectory(Distillation):
                 x, end = self.bank.states[slot][noise, part].float(), self.bank.states[slot][data, part].float()
                 label = dataset.one_hot(self.labels[slot, part], self.config.network.label_dim)
                 t, s = self.ts[noise].expand(len(x)), self.ts[data].expand(len(x))
-                total += self.distance(sde.transport(x, self.ema(x, t, s, label), t, s), end).sum()
+                total += self.distance(self.ema.flow_map(x, t, s, label), end).sum()
             found[name] = dist_util.sum_over_ranks(total).item() / self.config.train.global_bsz
         return found
 
-    def __call__(self, x0, label, generator, place=0):
-        train, distil, network = self.config.train, self.config.distil, self.config.network
+    def __call__(self, x0, label, source, place=0):
+        train, distil, net = self.config.train, self.config.distil, self.config.network
         share = self.dsm_share
         n_dsm = round((place + len(x0)) * share) - round(place * share)  # such that all parts have the share together
         n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
         K = len(self.ts) - 1
-        pair = torch.multinomial(self.pairs, n, replacement=True, generator=generator)
+        pair = torch.multinomial(self.pairs, n, replacement=True, generator=source)
         k, l = pair // (K + 1), pair % (K + 1)
-        which = torch.randint(self.slots * self.share, (n,), generator=generator, device=k.device)
+        which = torch.randint(self.slots * self.share, (n,), generator=source, device=k.device)
         slot, which = which // self.share, which % self.share
         states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
-        t, z = training_times(n_dsm, train, generator), normal(x0, generator)
+        t, z = training_times(n_dsm, train, source), normal(x0, source)
         target = self.target(x0, z, t, label if label is None else label[:n_dsm])
         if label is not None:
-            label = torch.cat([dataset.one_hot(self.labels[slot, which], network.label_dim), label[:n_dsm]])
-        denoise = lambda x, t, s: self.model(x, t, s, label)  # noqa: E731
+            label = torch.cat([dataset.one_hot(self.labels[slot, which], net.label_dim), label[:n_dsm]])
+        denoise = lambda x, t, s: self.model(x, t, s, label)
         on_data = distil.loss_norm == "lpips"
         distances, dsm = sde.trajectory_losses(
-            *(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), network.sigma_data, self.distance, on_data, target)
+            *(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), net.sigma_data, self.distance, on_data, target)
         )
         # This part has n of the step's pairs and n_dsm of its images for stage 1.  Other parts may have one more or less, so
         # the means are weighted: in the mean over all parts, each pair and each image of the step counts the same.
@@ -261,17 +268,17 @@ class Semigroup(Distillation):
         teacher = steps * self.evaluations() / (len(self.ts) - 1)
         return 2 * (end - start) * rounds, (end - start) * rounds * (teacher + 3)
 
-    def __call__(self, x0, label, generator, place=0):
+    def __call__(self, x0, label, source, place=0):
         K, n = len(self.ts) - 1, len(x0)
-        on_host = torch.Generator().manual_seed(misc.derive_seed(generator.initial_seed(), "length"))
+        on_host = torch.Generator().manual_seed(misc.derive_seed(source.initial_seed(), "length"))
         steps = 1 + int(torch.multinomial(self.lengths, 1, generator=on_host))  # one number for the part, as in CTM
-        i = (torch.rand(n, generator=generator, device=x0.device) * (K + 1 - steps)).long()
+        i = (torch.rand(n, generator=source, device=x0.device) * (K + 1 - steps)).long()
         j = i + steps
-        k = j + (torch.rand(n, generator=generator, device=x0.device) * (K + 1 - j)).long()
-        z, z_dsm = normal(x0, generator), normal(x0, generator)
-        t = training_times(n, self.config.train, generator)
+        k = j + (torch.rand(n, generator=source, device=x0.device) * (K + 1 - j)).long()
+        z, z_dsm = normal(x0, source), normal(x0, source)
+        t = training_times(n, self.config.train, source)
         twice = None if label is None else torch.cat([label, label])
-        denoise = lambda x, t, s: self.model(x, t, s, label if len(x) == n else twice)  # noqa: E731
+        denoise = lambda x, t, s: self.model(x, t, s, label if len(x) == n else twice)
         distances, dsm = sde.semigroup_losses(
             denoise,
             lambda x, t, s: self.ema(x, t, s, label),
@@ -330,9 +337,9 @@ def accumulate(model, objective, draw, rounds, after_round=lambda last: False):
     return totals
 
 
-def seed_round(generator, seed, step, r):
-    """Start this rank's random streams for a round of a step: `generator` for noise and times, torch's own for dropout."""
-    generator.manual_seed(misc.derive_seed(seed, "noise", step, r, dist_util.rank()))
+def seed_round(source, seed, step, r):
+    """Start this rank's random streams for a round of a step: `source` for noise and times, torch's own for dropout."""
+    source.manual_seed(misc.derive_seed(seed, "noise", step, r, dist_util.rank()))
     torch.manual_seed(misc.derive_seed(seed, "dropout", step, r, dist_util.rank()))
 
 
@@ -360,10 +367,10 @@ class Validation:
         n, self.config = min(len(held), 2048), config
         self.bins = min(n, 10)  # of times, evenly spaced
         images, labels = dist_util.agree(lambda: held.batch([i * len(held) // n for i in range(n)]))
-        generator = torch.Generator().manual_seed(0)
-        place = (torch.randperm(n, generator=generator) + 0.5) / n  # of classes, which are often in order, each gets all times
+        source = torch.Generator().manual_seed(0)
+        place = (torch.randperm(n, generator=source) + 0.5) / n  # of classes, which are often in order, each gets all times
         t = config.train.train_eps0 + (1 - config.train.train_eps0) * place
-        z, x0 = torch.randn(images.shape, generator=generator), dataset.to_model(images, config.data.centered)
+        z, x0 = torch.randn(images.shape, generator=source), dataset.to_model(images, config.data.centered)
         mine = slice(dist_util.rank(), None, dist_util.world_size())
         whole = (x0, z, t, dataset.one_hot(labels, config.network.label_dim), (self.bins * place).long())
         self.parts = [part if part is None else part[mine].to(device) for part in whole]
@@ -533,7 +540,7 @@ class Training:
             "time": f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}",
         }
         if workdir.bank_bytes(config):
-            pairs = (1 - self.objective.dsm_share) * passes * self.objective.evaluations() / evaluations
+            pairs = self.objective.pairs_of_each(self.start, train.train_steps)
             size = f"{workdir.bank_bytes(config) / 1e9:.2f} GB"
             lines["bank"] = f"{size} in {self.folder}; about {pairs:.1f} pairs are drawn of each solution"
         if dist_util.rank() == 0:

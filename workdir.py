@@ -226,13 +226,17 @@ def find_teacher(run, flags, mode, saved, device):
     return teacher, {"path": os.path.abspath(path), "sha256": digest}
 
 
+def bank_slots(config):
+    """How many batches of global_bsz solutions the bank of stage 2 holds, without the one that is never trained on."""
+    return math.ceil(config.distil.bank_size / config.train.global_bsz)
+
+
 def bank_bytes(config):
     """What the bank of stage 2 takes, over all ranks; 0 where there is none."""
     distil, data = config.distil, config.data
     if config.task.mode == "denoiser" or distil.objective != "trajectory":
         return 0
-    slots = math.ceil(distil.bank_size / config.train.global_bsz) + 1  # train.Trajectory's, and one that is not trained on
-    states = slots * config.train.global_bsz * (distil.grid_steps + 1)
+    states = (bank_slots(config) + 1) * config.train.global_bsz * (distil.grid_steps + 1)
     values = states * data.image_channels * data.image_size**2
     return values * getattr(torch, distil.bank_dtype).itemsize
 

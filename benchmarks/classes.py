@@ -14,17 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dist_util  # noqa: E402
+import dist_util
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-import dataset  # noqa: E402
-import defaults  # noqa: E402
-import fid  # noqa: E402
-import generator  # noqa: E402
-import misc  # noqa: E402
+import dataset
+import defaults
+import fid
+import generator
+import misc
 
 
 def real_images(config):

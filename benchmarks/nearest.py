@@ -12,14 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dist_util  # noqa: E402
+import dist_util
 
-import torch  # noqa: E402
+import torch
 
-import dataset  # noqa: E402
-import defaults  # noqa: E402
-import generator  # noqa: E402
-import misc  # noqa: E402
+import dataset
+import defaults
+import generator
+import misc
 
 SHOWN, NEAREST = 16, 3
 

@@ -4,15 +4,17 @@
   python benchmarks/recipe.py --stage 2 --teacher CKPT
   python benchmarks/recipe.py --stage curve --teacher CKPT      trajectory against semigroup: the score against the time spent
 
-Each run is a train.py, whose command is printed.  A run that is done is not done again: give the same command to go on.  The
-score is the pixel FID against all training images, of images with seeds that nothing else uses; stage 1: by dpm.  Minutes are
-of processor time, divided by the threads: what a run takes that has the machine to itself.
+Each run is a train.py, whose command is printed.  A run that is done is not done again: give the same command to go on.  One
+that was interrupted begins anew.  The score is the pixel FID against all training images, of images with seeds that nothing
+else uses; stage 1: by dpm.  Minutes are of processor time, divided by the threads: what a run takes that has the machine to
+itself.
 """
 
 import argparse
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,7 @@ class Study:
 
     def train(self, folder, flags, steps):
         """Minutes that train.py took."""
+        shutil.rmtree(folder, ignore_errors=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [*shlex.split(flags), "--data_path", self.options.data_path, "--workdir", str(folder)]
         command += [] if "--train_steps" in command else ["--train_steps", str(steps)]
@@ -101,12 +104,15 @@ class Study:
         images = generator.Generated(trained, range(SEED, SEED + self.options.num))
         return fid.frechet_distance(self.reference, fid.measure(images, self.extract))
 
-    def once(self, folder, work):
-        """What work() returns, kept in a file of the folder, so that it is done once."""
-        path = folder / "result.json"
+    def once(self, folder, work, *asked):
+        """What work() returns, kept in a file of the folder, so that it is done once; an error if it is of something else."""
+        path, asked = folder / "result.json", [self.options.num, *asked]
         if not path.exists():
-            misc.write_json(path, work())
-        return json.loads(path.read_text())
+            misc.write_json(path, {"asked": asked, "found": work()})
+        kept = json.loads(path.read_text())
+        if kept["asked"] != asked:
+            sys.exit(f"error: {path} is of {kept['asked']}, not of {asked}: remove {folder}, or choose another --workdir")
+        return kept["found"]
 
     def choices(self):
         """A row for each choice of a stage."""
@@ -118,13 +124,13 @@ class Study:
             if options.runs and name not in options.runs:
                 continue
             folder, steps = self.folder / f"stage-{stage}" / name, options.train_steps
-            flags = flags.format(third=steps // 3, half=steps // 2, twice=steps * 2)
+            flags = f"{mode} {base} {flags.format(third=steps // 3, half=steps // 2, twice=steps * 2)}"
 
             def work():
-                minutes = self.train(folder, f"{mode} {base} {flags}", steps)
+                minutes = self.train(folder, flags, steps)
                 return {"minutes": minutes, "scores": [self.score(folder / "latest.pth", n) for n in grid]}
 
-            found = self.once(folder, work)
+            found = self.once(folder, work, flags, steps)
             scores = "".join(f" {value:.3f} |" for value in found["scores"])
             print(f"| {title} | {found['minutes']:.1f} |{scores}", flush=True)
 
@@ -148,7 +154,7 @@ class Study:
                 on_the_way = [(first + (total - first) * i / n, self.score(folder / f"DDPMpp-{i:06d}.pth", 1)) for i in at]
                 return {"curve": on_the_way, "steps": n, "scores": [self.score(folder / "latest.pth", k) for k in NFE]}
 
-            found = self.once(folder, work)
+            found = self.once(folder, work, base, self.options.train_steps)
             minutes = found["curve"][-1][0]
             ax.plot(*zip(*found["curve"]), "o-", label=objective)
             scores = "".join(f" {value:.3f} |" for value in found["scores"])

@@ -40,7 +40,7 @@ def in_folders(function, place):
 
     def call():
         folder = Path(tempfile.mkdtemp(dir=place))
-        seconds = timing.timed(lambda: function(folder))()
+        seconds = timing.stopwatch(lambda: function(folder))()
         shutil.rmtree(folder)
         return seconds
 
@@ -105,7 +105,7 @@ def main():
             return out.sum().item()
 
         making = {
-            "the network alone": timing.timed(bare),
+            "the network alone": timing.stopwatch(bare),
             "eval.py --format npz": in_folders(lambda folder: eval.make_npz(folder, trained, seeds), options.folder),
             "eval.py --format png": in_folders(lambda folder: eval.make_pngs(folder, trained, seeds), options.folder),
         }

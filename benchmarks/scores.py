@@ -112,7 +112,7 @@ def write_mnist(folder, data_path):
             bar.update()
 
 
-def timed(folder):
+def pixels_in_a_rank(folder):
     """What each rank of `pixels` runs: prints the seconds of the pass, listing the folder included."""
     import dist_util
 
@@ -181,7 +181,7 @@ def main():
     parser.add_argument("--timed", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.timed:
-        timed(options.timed)
+        pixels_in_a_rank(options.timed)
         return
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, scipy {scipy.__version__}"
     print(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dist_util  # noqa: E402
+import dist_util
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import network  # noqa: E402
+import network
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -29,7 +29,7 @@ def matrix_rate(repeats=10):
     """Operations a second of a product of two bf16 matrices: the most that this machine computes.  The best of several."""
     n = 8192 if DEVICE.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=DEVICE, dtype=torch.bfloat16)
-    return 2 * n**3 / min(timed(lambda: (a @ b)[0, 0].item())() for _ in range(repeats))
+    return 2 * n**3 / min(stopwatch(lambda: (a @ b)[0, 0].item())() for _ in range(repeats))
 
 
 class Process:
@@ -54,7 +54,7 @@ class Process:
         call = make(*arguments)
         repeats = 5 if DEVICE.type == "cuda" else 1  # a GPU that had to wait for its turn takes time to speed up
         while pipe.recv():
-            pipe.send(timed(lambda: [call() for _ in range(repeats)])() / repeats)
+            pipe.send(stopwatch(lambda: [call() for _ in range(repeats)])() / repeats)
 
     def __call__(self):
         self.pipe.send(True)
@@ -65,7 +65,7 @@ class Process:
         self.process.join()
 
 
-def timed(function):
+def stopwatch(function):
     """The same function, but it returns the seconds that it took."""
 
     def call():

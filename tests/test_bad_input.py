@@ -556,7 +556,7 @@ CASES = [
     (latents(), f"{ROW} --interpolate 3 8 --nsampling 9", "--nsampling is not for --interpolate"),
     (latents(), f"{ROW} --interpolate 3 8 --columns 1", "--columns is 1: --interpolate draws 2 images or more"),
     (latents(), f"{ROW} --latents x", "--latents is for --interpolate"),
-]  # fmt: skip  # noqa: E501
+]  # fmt: skip
 
 
 def impatient():

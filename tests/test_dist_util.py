@@ -63,6 +63,19 @@ def test_there_is_one_rank_without_torchrun_whatever_a_cluster_says(monkeypatch)
         assert dist_util.gather(5) == [5] and dist_util.agree(lambda: 6) == 6
 
 
+def pretend_to_have_one_gpu():
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
+
+
+def test_more_ranks_than_gpus_are_refused_in_one_line(tmp_path):
+    """Rank 0 has one, so that another has to say it, and no more than one."""
+    for rank, lines in ((1, ["error: --nproc_per_node is more than the number of GPUs of this machine, 1: lower it"]), (2, [])):
+        place = {**COMPLETE, "WORLD_SIZE": "3", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = ["fid.py", "--mode", "ref", "--dest", tmp_path / "x"]
+        job = Job(tmp_path / f"{rank}", *command, environment=place, prepare=pretend_to_have_one_gpu)
+        assert job.wait() == [2] and job.err().splitlines() == lines
+
+
 def test_gradients_are_averaged_by_torch_where_there_are_ranks_and_there_alone():
     """The names in a state dict stay: it is taken from the model inside."""
     model = torch.nn.Linear(2, 1)

@@ -3,9 +3,11 @@
 from dist_util import UserError
 
 import csv
+import fcntl
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -584,10 +586,26 @@ def test_a_row_begins_on_a_line_of_its_own(tmp_path):
     (tmp_path / "a.npz").touch()
     for _ in range(3):
         row = fid.table_row({"fid": 1.5}, {"n": 7}, tmp_path / "a")
-        fid.write_table(tmp_path / "t.csv", [row], fid.read_table(tmp_path / "t.csv"))
+        fid.append_row(tmp_path / "t.csv", row)
         (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().rstrip("\n"))
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     assert [(row["FID"], row["n"]) for row in rows] == [("1.5000", "7")] * 3
+
+
+def test_two_that_add_a_row_at_the_same_time_take_turns(tmp_path):
+    (tmp_path / "a.npz").touch()
+    first, second = (fid.table_row({"fid": value}, {"n": 7}, tmp_path / "a") for value in (1.5, 2.5))
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as append_row() holds it
+    other = threading.Thread(target=fid.append_row, args=(tmp_path / "t.csv", second))
+    other.start()
+    other.join(0.3)
+    assert other.is_alive()
+    fid.write_table(tmp_path / "t.csv", [first])
+    os.close(handle)
+    other.join()
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [row["FID"] for row in rows] == ["1.5000", "2.5000"]
 
 
 def test_a_folder_whose_name_is_not_text_has_a_row(tmp_path):

@@ -264,6 +264,16 @@ def test_compare_refuses_images_of_another_precision(models, tmp_path):
         compare.find_images(folder, generator.load_model(path, {"num_steps": 2}).record(range(3)))
 
 
+def test_compare_refuses_images_of_other_seeds(models, tmp_path):
+    run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "ref.npz")
+    shared = ["--ref_path", tmp_path / "ref.npz", "--images", tmp_path, "--num_steps", "1", "--dest", tmp_path / "c.png"]
+    for mode, name, start in (("denoiser", "ode", 0), ("characteristic", "flow", 3)):
+        shared += [f"--{mode}", models / name / "latest.pth"]
+        seeds = ["--start_seed", start, "--end_seed", start + 5, "--workdir", tmp_path / f"{mode}-1"]
+        run("eval.py", "--checkpoint", models / name / "latest.pth", "--num_steps", "1", *seeds)
+    assert "hold images of different seeds" in run("compare.py", *shared, expect=2).stderr
+
+
 def exhaust_memory():
     """There is room for two images, and no more."""
     real = generator.SeedNoise.__call__

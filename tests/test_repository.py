@@ -2,6 +2,7 @@
 
 from dist_util import UserError
 
+import argparse
 import ast
 import dataclasses
 import importlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import typing
 from functools import partial
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -109,10 +111,35 @@ def test_commands_of_other_documents_are_parsed_too(command):
     check_command(command)
 
 
+class Parsed(Exception):
+    """The flags of a program are ones that it takes."""
+
+
+def check_benchmark(path, words):
+    """SystemExit unless the program takes these words; it goes no further than to read them."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser):
+        real(parser, words)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        importlib.import_module(Path(path).stem).main()
+
+
+def test_a_documented_benchmark_with_an_unknown_flag_fails():
+    check_command("python benchmarks/recipe.py --stage 1")
+    for wrong in ("--stage 9", "--stage 1 --no_such_flag x"):
+        with pytest.raises(SystemExit):
+            check_command(f"python benchmarks/recipe.py {wrong}")
+
+
 def check_command(command):
     """AssertionError or UserError unless a command is one that its script takes."""
     words = shlex.split(command)
-    if words[0] in ("git", "cd", "make", "export"):
+    if words[0] in ("git", "cd", "make", "export", "mkdir"):
         targets = (ROOT / "Makefile").read_text()
         assert words[0] != "make" or all(re.search(rf"^{word}:", targets, flags=re.M) for word in words[1:])
         return
@@ -122,14 +149,23 @@ def check_command(command):
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[script].startswith("benchmarks/"):
-        assert (ROOT / words[script]).is_file()
-        launch(words[script], "--help")
+        check_benchmark(words[script], words[script + 1 :])
         return
     _, flags = defaults.parse(words[script].removesuffix(".py"), words[script + 1 :])
     if "mode" in flags or "data_name" in flags:
         flags = {name: value for name, value in flags.items() if value != "auto"}  # which is measured
         in_stage_2 = defaults.IN_STAGE_2 if words[script] == "train.py" and flags.get("mode") == "characteristic" else {}
         defaults.resolve({in_stage_2.get(name, name): value for name, value in flags.items()})
+
+
+def test_no_documented_folder_is_both_a_run_and_a_set_of_images():
+    """Pasted one after the other, the second command would be refused, or train among the images."""
+    used = {}
+    for document in (ROOT / "README.md", *OTHERS):
+        for command in commands_of(document):
+            for script, folder in re.findall(r"(train|eval)\.py .*--workdir (\S+)", command):
+                used.setdefault(folder, set()).add(script)
+    assert len(used) > 20 and all(len(scripts) == 1 for scripts in used.values()), used
 
 
 def section(name, heading):

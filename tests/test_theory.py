@@ -12,7 +12,7 @@ from conftest import ROOT, launch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import theory  # noqa: E402
+import theory
 
 
 def noise(*shape, seed=0):

@@ -186,6 +186,7 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     assert made == 0 and torch.equal(solutions(again), solutions(first))
     back, made = begun(3)  # killed after its last checkpoint: of one batch the place was taken
     assert made == 1 and torch.equal(solutions(back), solutions(begun(3, None)[0]))
+    assert begun(3, data_path="elsewhere", num_workers=2)[1] == 0
     assert begun(3, grid_steps=3)[1] == 4 and begun(3)[1] == 4  # another grid
     with open(tmp_path / "bank-0.bin", "r+b") as file:
         file.seek(100)
@@ -198,6 +199,18 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
         assert begun(3)[1] == 4
     teacher.path.write_bytes(b"another teacher")
     assert begun(3)[1] == 4
+
+
+def test_the_pairs_of_each_solution_are_counted_as_they_are_drawn():
+    """On 8 pairs a step of which a quarter are for stage 1, from a bank of two batches."""
+    teacher = tiny_teacher()
+    for freq in (0, 2, 3):
+        student, config = student_of(teacher, bank_size=16, bank_refresh_freq=freq, dsm_share=0.25, dsm_weight=1.0)
+        objective, trained_on = objective_of(teacher, student, config, start=3), set()
+        for step in range(3, 14):
+            objective.start_step(step)
+            trained_on |= {objective.first, objective.first + 1}
+        assert objective.pairs_of_each(3, 14) == pytest.approx(11 * 6 / (8 * len(trained_on)))
 
 
 def test_a_flow_map_that_knows_its_bank_by_heart_shows():
@@ -515,7 +528,7 @@ def test_a_dry_run_times_what_each_objective_computes(solver, evaluations):
     assert train.Objective(None, None).work(2, 10, 3) == (24, 0)
     teacher = tiny_teacher()
     student, config = student_of(teacher, bank_size=16, bank_refresh_freq=2, teacher_solver=solver, grid_steps=4)
-    assert objective_of(teacher, student, config).work(2, 10, 3) == (24, (2 + 1 + 4) * 3 * evaluations)
+    assert objective_of(teacher, student, config).work(2, 10, 3) == (24, (2 + 1 + 3) * 3 * evaluations)
     student, config = student_of(teacher, objective="semigroup", teacher_steps=2, teacher_solver=solver, grid_steps=4)
     mean = (1 * 1 + 2 * 2) / 3
     assert objective_of(teacher, student, config).work(2, 10, 3) == pytest.approx((48, 24 * (mean * evaluations / 4 + 3)))
