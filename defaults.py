@@ -112,6 +112,7 @@ class Distil:  # stage 2
     loss_norm: str = setting("huber", "distance of images: l2, huber, or lpips (perceptual; needs two files of weights)")
     grid_steps: int = setting(20, "steps of the grid of times (train.py's --num_steps)", (1, 4095), flag=False)
     grid_rho: float = setting(1.0, "curvature of that grid (train.py's --rho)", between=(0.1, 100), flag=False)
+    grid_spacing: str = setting("t", "what it is even in (train.py's --time_grid)", choices=("t", "cosine"), flag=False)
     teacher_solver: str = setting("deis", "solver of the teacher's ODE: euler, heun, deis, dpm or edm")
     teacher_guidance: float = setting(1.0, "guidance of that ODE (train.py's --guidance)", (0, 100), flag=False)
     dsm_weight: float = setting(1.0, "factor of the stage-1 loss at s = t", (0, 10**6))
@@ -135,7 +136,10 @@ class Sampling:
         20, "steps from noise to data; heun calls more often (20, flow map 1; train.py in stage 2: its grid, 20)", (1, 4096)
     )
     time_grid: str = setting(
-        "t", "of sampling; t: even in t^(1/rho); karras: even in (beta/alpha)^(1/rho)", choices=("t", "karras")
+        "t",
+        "t: even in t^(1/rho); cosine: even in arcsin(sqrt(t)), fine at both ends; karras: even in (beta/alpha)^(1/rho); "
+        "train.py in stage 2: of its grid, t or cosine",
+        choices=("t", "cosine", "karras"),
     )
     rho: float = setting(1.0, "curvature of the time grid (7 where --time_grid karras is given)", between=(0.1, 100))
     eval_eps0: float = setting(1e-3, "last positive time of the grid (t = 0 is data)", between=TIME)
@@ -339,7 +343,12 @@ def choices(f):
     return given and tuple(given() if callable(given) else given)
 
 
-IN_STAGE_2 = {"num_steps": "grid_steps", "rho": "grid_rho", "guidance": "teacher_guidance"}  # train.py's flags: settings
+IN_STAGE_2 = {  # train.py's flags: settings
+    "num_steps": "grid_steps",
+    "rho": "grid_rho",
+    "time_grid": "grid_spacing",
+    "guidance": "teacher_guidance",
+}
 
 
 WORDS = ("sigma_data", "class_idx")  # numbers for which a word may stand, "auto" or the name of a class
@@ -368,7 +377,7 @@ def check(config):
     for name, f in SETTINGS.items():
         value, low, high = values[name], f.metadata["least"], f.metadata["most"]
         if f.metadata["choices"]:
-            choose(name, value, choices(f))
+            choose(flag_of(name), value, choices(f))
         if low is not None:
             require(name, low <= value <= high, f"from {low} to {high}")
         if f.metadata["between"]:
@@ -393,6 +402,8 @@ def check(config):
     require("model_channels", net.model_channels % 4 == 0, "a multiple of 4")
     for low, high in (("train_eps0", "train_eps1"), ("eval_eps0", "eval_eps1")):
         require(low, values[low] < 1 - values[high], f"below 1 - {high}, which is {1 - values[high]}")
+    require("rho", sampling.time_grid != "cosine" or sampling.rho == 1, "left out with --time_grid cosine")
+    require("grid_rho", distil.grid_spacing != "cosine" or distil.grid_rho == 1, "left out with --time_grid cosine")
     require("to_data_share", distil.one_step_share + distil.to_data_share <= 1, "at most 1 - one_step_share")
     flow_map = config.task.mode == "characteristic"
     if flow_map and distil.objective == "trajectory" and distil.dsm_weight:

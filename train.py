@@ -85,7 +85,7 @@ class Distillation(Objective):
     def __init__(self, *args):
         super().__init__(*args)
         train, distil = self.config.train, self.config.distil
-        ts = sde.grid(distil.grid_steps, 1 - train.train_eps1, train.train_eps0, distil.grid_rho)
+        ts = sde.GRIDS[distil.grid_spacing](distil.grid_steps, 1 - train.train_eps1, train.train_eps0, distil.grid_rho)
         self.ts = ts.to(self.teacher.mean.device)
         self.ratio = None
         self.denoise = generator.guided(self.teacher, distil.teacher_guidance)  # the teacher's, of the ODE to distil
@@ -107,7 +107,7 @@ class Distillation(Objective):
         train, distil = self.config.train, self.config.distil
         grid = {"num_steps": distil.grid_steps, "rho": distil.grid_rho, "sde": False, "churn": False}
         grid |= {"eval_eps0": train.train_eps0, "eval_eps1": train.train_eps1, "ode_solver": distil.teacher_solver}
-        grid |= {"guidance": distil.teacher_guidance, "time_grid": "t"}
+        grid |= {"guidance": distil.teacher_guidance, "time_grid": distil.grid_spacing}
         return generator.nfe(self.teacher.config.replace("sampling", **grid))
 
     def combine(self, distance, denoising, place):
@@ -159,8 +159,8 @@ class Trajectory(Distillation):
         about = {"ranks": dist_util.world_size(), "device": self.ts.device.type, "torch": torch.__version__}
         about |= {name: value for name, value in defaults.to_dict(self.config).items() if name in ("network", "speed")}
         about |= {name: getattr(self.config.train, name) for name in ("seed", "global_bsz", "bsz", "train_eps0", "train_eps1")}
-        about |= {name: getattr(distil, name) for name in ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho")}
-        about["bank_dtype"] = distil.bank_dtype
+        names = ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho", "grid_spacing", "bank_dtype")
+        about |= {name: getattr(distil, name) for name in names}
         about |= {"teacher": misc.file_hash(self.teacher.path)} if folder else {}
         form = (self.slots + 1, shape, getattr(torch, distil.bank_dtype), self.ts.device)
         self.bank = dist_util.agree(lambda: workdir.Bank(folder, about, *form))

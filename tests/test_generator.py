@@ -655,3 +655,6 @@ def test_the_other_grid_has_its_own_rho_and_the_same_grid_keeps_it():
     assert defaults.resolve({"time_grid": "t"}, karras).sampling.rho == 1
     assert defaults.resolve({"time_grid": "t", "rho": 2.0}, karras).sampling.rho == 2
     assert defaults.resolve({"time_grid": "karras"}).sampling.rho == 7
+    assert defaults.resolve({"time_grid": "cosine"}, karras).sampling.rho == 1
+    with pytest.raises(UserError, match="--rho is 2: it must be left out with --time_grid cosine"):
+        defaults.resolve({"time_grid": "cosine", "rho": 2})

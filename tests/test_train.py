@@ -188,6 +188,7 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     assert made == 1 and torch.equal(solutions(back), solutions(begun(3, None)[0]))
     assert begun(3, data_path="elsewhere", num_workers=2)[1] == 0
     assert begun(3, grid_steps=3)[1] == 4 and begun(3)[1] == 4  # another grid
+    assert begun(3, grid_spacing="cosine")[1] == 4 and begun(3)[1] == 4
     with open(tmp_path / "bank-0.bin", "r+b") as file:
         file.seek(100)
         file.write(b"damage")
