@@ -117,14 +117,14 @@ def grid(n, t_max, t_min, rho=1.0):
 
 
 def cosine_grid(n, t_max, t_min, rho=1.0):
-    """grid() with t = sin^2 of an angle that is linear instead: fine at both ends.  rho is 1.
+    """grid() with t^(1/rho) = sin^2 of an angle that is linear instead: fine at both ends.
 
     Near t = 0 details appear, on a scale of beta = sqrt(2t).  Near t = 1 large shapes do, when alpha^2 = (1 - t)^2 times their
     variance, which is far above a pixel's, is about 1.  A second-order solver needs short steps in both.
     """
-    ends = torch.tensor([t_max, t_min], dtype=torch.float64).sqrt().asin()
+    ends = (torch.tensor([t_max, t_min], dtype=torch.float64) ** (0.5 / rho)).asin()
     i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    ts = (ends[0] + i * (ends[1] - ends[0])).sin().square()
+    ts = (ends[0] + i * (ends[1] - ends[0])).sin() ** (2 * rho)
     ts[0] = t_max
     if n > 1:
         ts[-1] = t_min

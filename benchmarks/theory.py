@@ -162,6 +162,7 @@ def settings(mode, steps, seed, **flags):
     """Those of train.py, with the digits' preset for what is not said here."""
     shared = {"train_steps": steps, "global_bsz": 256, "bsz": 256, "lr": 0.02, "ema_decay": 0.99, "seed": seed}
     shared |= {"sigma_data": TARGET.sigma(), "time_input": "log_snr", "M": 1.0, "precision": "fp32", "train_eps0": T_MIN}
+    shared |= {"teacher_solver": "deis", "time_grid": "t", "grid_spacing": "t", "one_step_share": 0.4}
     return defaults.resolve({"mode": mode, **shared, "loss_norm": "l2", "train_eps1": 1 - T_MAX, **flags})
 
 

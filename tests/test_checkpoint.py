@@ -212,7 +212,7 @@ def test_a_flow_map_of_an_earlier_version_keeps_its_grid_and_is_drawn_in_one_ste
     path = tiny_checkpoint(tmp_path, mode="characteristic")
     content = torch.load(path, weights_only=True)
     plain = content["config"]
-    for name in ("grid_steps", "grid_rho"):
+    for name in ("grid_steps", "grid_rho", "grid_spacing"):
         del plain["distil"][name]
     for name in ("class_names", "class_counts"):
         del plain["data"][name]

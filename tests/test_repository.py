@@ -403,7 +403,7 @@ def test_a_flow_map_of_an_earlier_version_keeps_its_grid():
     """There one setting was the steps of sampling and those of stage 2's grid."""
     for mode, expected in (("characteristic", (15, 3.0, 1)), ("denoiser", (20, 1.0, 15))):
         plain = defaults.to_dict(defaults.resolve({"mode": mode}))
-        for name in ("grid_steps", "grid_rho"):
+        for name in ("grid_steps", "grid_rho", "grid_spacing"):
             del plain["distil"][name]
         plain["sampling"].update(num_steps=15, rho=3.0)
         config = defaults.from_dict(plain)

@@ -157,10 +157,11 @@ def test_grid_has_n_points_evenly_spaced_in_the_root_then_zero(rho):
     torch.testing.assert_close(gaps, gaps[:1].expand(4))
 
 
-def test_cosine_grid_has_n_points_evenly_spaced_in_an_angle_then_zero():
-    ts = sde.cosine_grid(5, 0.999, 0.01)
+@pytest.mark.parametrize("rho", [1.0, 3.0])
+def test_cosine_grid_has_n_points_evenly_spaced_in_an_angle_then_zero(rho):
+    ts = sde.cosine_grid(5, 0.999, 0.01, rho)
     assert len(ts) == 6 and ts[0] == 0.999 and ts[4] == 0.01 and ts[5] == 0
-    gaps = ts[:5].sqrt().asin().diff()
+    gaps = (ts[:5] ** (0.5 / rho)).asin().diff()
     torch.testing.assert_close(gaps, gaps[:1].expand(4))
     steps = -sde.cosine_grid(101, 0.999, 0.001).diff()[:-1]
     assert torch.allclose(steps, steps.flip(0)) and steps[0] < steps[50] / 10  # alike at both ends, and short there

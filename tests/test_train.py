@@ -188,7 +188,7 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     assert made == 1 and torch.equal(solutions(back), solutions(begun(3, None)[0]))
     assert begun(3, data_path="elsewhere", num_workers=2)[1] == 0
     assert begun(3, grid_steps=3)[1] == 4 and begun(3)[1] == 4  # another grid
-    assert begun(3, grid_spacing="cosine")[1] == 4 and begun(3)[1] == 4
+    assert begun(3, grid_spacing="t")[1] == 4 and begun(3)[1] == 4
     with open(tmp_path / "bank-0.bin", "r+b") as file:
         file.seek(100)
         file.write(b"damage")
@@ -606,7 +606,7 @@ def test_a_guided_teacher_is_followed_by_the_bank_and_by_the_stage_1_loss():
     objective = objective_of(teacher, student, config)
     label = dataset.one_hot(objective.labels[0], 3)
     denoise = generator.guided(teacher, 2.0)
-    step = sde.solver("deis", lambda x, t: denoise(x, t, label=label))
+    step = sde.solver(config.distil.teacher_solver, lambda x, t: denoise(x, t, label=label))
     x = objective.bank.states[0, 0]
     with torch.no_grad():
         torch.testing.assert_close(list(sde.sample(step, x, objective.ts))[-1].float(), objective.bank.states[0, -1])
