@@ -4,6 +4,7 @@ from dist_util import UserError
 
 import argparse
 import ast
+import csv
 import dataclasses
 import importlib
 import json
@@ -287,6 +288,32 @@ def test_the_hashes_of_the_published_models_are_theirs():
     text = (ROOT / "checkpoints" / "README.md").read_text()
     rows = dict(re.findall(r"^\| `([\w-]+\.pth)` .* ([0-9a-f]{64}) \|$", text, flags=re.M))
     assert rows == {path.name: misc.file_hash(path) for path in (ROOT / "checkpoints").glob("*.pth")}
+
+
+def table_rows(document, start):
+    """The cells, but for empty ones, of each row of a document that begins with `start`, by number of evaluations."""
+    text, found = (ROOT / document).read_text(), []
+    for row in re.findall(rf"^\| {re.escape(start)} \|(.*)\|$", text, flags=re.M):
+        cells = [cell.strip(" *") for cell in row.split("|")][-5:]
+        found.append({nfe: float(cell) for nfe, cell in zip(("1", "2", "5", "10", "20"), cells) if cell})
+    return found
+
+
+def test_the_documented_scores_are_the_measured_rows():
+    rows = list(csv.DictReader((ROOT / "stats" / "stats.csv").open()))
+    assert {row["n"] for row in rows if row["dataset"] == "mnist"} == {"50000"}
+    for row in rows:
+        if row["source"].startswith("checkpoints/"):
+            assert row["sha256"] == misc.file_hash(ROOT / row["source"]), row["source"]
+    for document, start, these in (
+        ("README.md", "denoiser, ODE (dpm)", {"source": "logs/demo/denoiser/DDPMpp-000600.pth"}),
+        ("README.md", "flow map", {"source": "logs/demo/characteristic/DDPMpp-000500.pth"}),
+        ("docs/speed.md", "`semigroup`, 115 steps", {"step": "115"}),
+        ("docs/mnist.md", "our denoiser, `dpm`, even steps", {"dataset": "mnist", "solver": "dpm", "time_grid": "t"}),
+        ("docs/mnist.md", "ours, as published", {"dataset": "mnist", "solver": "flow map"}),
+    ):
+        measured = {row["nfe"]: float(row["FID"]) for row in rows if these.items() <= row.items()}
+        assert table_rows(document, start) == [{nfe: pytest.approx(value, abs=6e-4) for nfe, value in measured.items()}]
 
 
 def test_the_published_digits_score_what_the_readme_says():
