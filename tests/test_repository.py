@@ -310,7 +310,7 @@ def test_the_documented_scores_are_the_measured_rows():
         ("README.md", "flow map", {"source": "logs/demo/characteristic/DDPMpp-000500.pth"}),
         ("docs/speed.md", "`semigroup`, 115 steps", {"step": "115"}),
         ("docs/mnist.md", "our denoiser, `dpm`, even steps", {"dataset": "mnist", "solver": "dpm", "time_grid": "t"}),
-        ("docs/mnist.md", "ours, as published", {"dataset": "mnist", "solver": "flow map"}),
+        ("docs/mnist.md", "our flow map, as published", {"dataset": "mnist", "solver": "flow map"}),
     ):
         measured = {row["nfe"]: float(row["FID"]) for row in rows if these.items() <= row.items()}
         assert table_rows(document, start) == [{nfe: pytest.approx(value, abs=6e-4) for nfe, value in measured.items()}]
