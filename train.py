@@ -185,7 +185,7 @@ class Trajectory(Distillation):
 
     def solved(self, start, end):
         """How many batches the bank holds for training, one after the other, from step `start` to `end`."""
-        return self.slots + self.replaced(end - 1) - self.replaced(start)
+        return self.slots + self.replaced(max(end - 1, start)) - self.replaced(start)
 
     def pairs_of_each(self, start, end):
         """How many pairs are drawn of each solution in these steps, in the mean."""

@@ -212,6 +212,7 @@ def test_the_pairs_of_each_solution_are_counted_as_they_are_drawn():
             objective.start_step(step)
             trained_on |= {objective.first, objective.first + 1}
         assert objective.pairs_of_each(3, 14) == pytest.approx(11 * 6 / (8 * len(trained_on)))
+        assert objective.pairs_of_each(6, 6) == 0  # a run that is done
 
 
 def test_a_flow_map_that_knows_its_bank_by_heart_shows():
