@@ -245,8 +245,8 @@ FOLDER_COLUMNS = (
     "bank_size",
 )  # fmt: skip
 
-# What is best in stage 2 on the digits and on MNIST (docs/mnist.md), where no recipe of the reference's is to be kept.
-OURS = {"teacher_solver": "dpm", "grid_spacing": "cosine", "one_step_share": 0.7, "dsm_weight": 0.5}
+# What is best on the digits and on MNIST (docs/mnist.md, docs/speed.md), where no recipe of the reference's is to be kept.
+OURS = {"time_grid": "cosine", "grid_spacing": "cosine", "teacher_solver": "dpm", "one_step_share": 0.7, "dsm_weight": 0.5}
 OTHER_PRESETS = {
     "digits": {"eval_eps0": 1e-2, "eval_bsz": 300, "bank_size": 2048, "bank_refresh_freq": 64, **OURS},
     "afhq": {"bank_size": 2048, "bank_dtype": "float16"},
@@ -263,9 +263,8 @@ def preset(data_name, mode, image_size=64):
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
-        "num_steps": 1 if mode == "characteristic" else 20,
-        "time_grid": "cosine" if mode == "denoiser" and data_name in ("digits", "folder") else "t",
         **OTHER_PRESETS.get(data_name, {}),
+        **({"num_steps": 1, "time_grid": "t"} if mode == "characteristic" else {}),  # how a flow map samples
         **{name: value[MODES.index(mode)] if name == "train_steps" else value for name, value in by_size.items()},
     }
 

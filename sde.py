@@ -103,45 +103,42 @@ def loss_weight(t, sigma):
     return ((alpha(t) * sigma) ** 2 + beta2) / (beta2 * sigma**2)
 
 
-def grid(n, t_max, t_min, rho=1.0):
-    """(n + 1,) float64 times t_max = t_0 > ... > t_{n-1} = t_min > t_n = 0; t^(1/rho) is linear up to t_{n-1}.
+def evenly(n, t_max, t_min, there, back):
+    """(n + 1,) float64 times t_max = t_0 > ... > t_{n-1} = t_min > t_n = 0, of which there(t) is linear up to t_{n-1}.
 
-    n = 1 gives (t_max, 0): one step, all the way.
+    there() gets the two ends, (2,), and back() is its inverse.  n = 1 gives (t_max, 0): one step, all the way.
     """
-    i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    ts = (t_max ** (1 / rho) + i * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
+    first, last = there(torch.tensor([t_max, t_min], dtype=torch.float64))
+    ts = back(first + torch.arange(n, dtype=torch.float64) / max(n - 1, 1) * (last - first))
     ts[0] = t_max
     if n > 1:
         ts[-1] = t_min
     return torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
 
 
+def grid(n, t_max, t_min, rho=1.0):
+    """evenly() in t^(1/rho)."""
+    return evenly(n, t_max, t_min, lambda t: t ** (1 / rho), lambda u: u**rho)
+
+
 def cosine_grid(n, t_max, t_min, rho=1.0):
-    """grid() with t^(1/rho) = sin^2 of an angle that is linear instead: fine at both ends.
+    """evenly() in an angle whose sin^2 is t^(1/rho): fine at both ends.
 
     Near t = 0 details appear, on a scale of beta = sqrt(2t).  Near t = 1 large shapes do, when alpha^2 = (1 - t)^2 times their
     variance, which is far above a pixel's, is about 1.  A second-order solver needs short steps in both.
     """
-    ends = (torch.tensor([t_max, t_min], dtype=torch.float64) ** (0.5 / rho)).asin()
-    i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    ts = (ends[0] + i * (ends[1] - ends[0])).sin() ** (2 * rho)
-    ts[0] = t_max
-    if n > 1:
-        ts[-1] = t_min
-    return torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
+    return evenly(n, t_max, t_min, lambda t: (t ** (0.5 / rho)).asin(), lambda angle: angle.sin() ** (2 * rho))
 
 
 def karras_grid(n, t_max, t_min, rho=7.0):
-    """grid() with sigma^(1/rho) linear instead, sigma = beta/alpha (EDM, arXiv 2206.00364, eq. 5); t_max < 1."""
-    sigma = [beta(t) / alpha(t) for t in torch.tensor([t_max, t_min], dtype=torch.float64)]
-    i = torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
-    square = (sigma[0] ** (1 / rho) + i * (sigma[1] ** (1 / rho) - sigma[0] ** (1 / rho))) ** (2 * rho)
-    w = (1 + square).sqrt()
-    ts = square / (w * (1 + w))  # 1 - alpha = 1 - 1/w, without cancellation
-    ts[0] = t_max
-    if n > 1:
-        ts[-1] = t_min
-    return torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
+    """evenly() in sigma^(1/rho), sigma = beta/alpha (EDM, arXiv 2206.00364, eq. 5); t_max < 1."""
+
+    def back(u):
+        square = u ** (2 * rho)
+        w = (1 + square).sqrt()
+        return square / (w * (1 + w))  # 1 - alpha = 1 - 1/w, without cancellation
+
+    return evenly(n, t_max, t_min, lambda t: (beta(t) / alpha(t)) ** (1 / rho), back)
 
 
 GRIDS = {"t": grid, "cosine": cosine_grid, "karras": karras_grid}
