@@ -7,6 +7,8 @@
 Prints a table row for each; medians of --repeats.  Run it with nothing else on the machine.
 """
 
+import dist_util
+
 import argparse
 import json
 import os
@@ -20,32 +22,22 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+import timing
 import torch
 
+import dataset
+import defaults
+import fid
+import inception
+import misc
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import dataset  # noqa: E402
-import defaults  # noqa: E402
-import fid  # noqa: E402
-import inception  # noqa: E402
-import misc  # noqa: E402
 
 
-def seconds(function):
-    start = time.perf_counter()
-    value = function()
-    return time.perf_counter() - start, value
-
-
-def compare(repeats, **functions):
-    """{name: (median seconds, last value)}, the functions taking turns."""
-    times, values = {name: [] for name in functions}, {}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            spent, values[name] = seconds(function)
-            times[name].append(spent)
-    return {name: (statistics.median(times[name]), values[name]) for name in functions}
+def medians(options, functions):
+    """{name: median seconds of a call}, the functions taking turns."""
+    taken = timing.in_turns({name: timing.stopwatch(call) for name, call in functions.items()}, options.repeats, "timing")
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def frechet(options):
@@ -62,12 +54,10 @@ def frechet(options):
         return float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.trace(root).real)
 
     a, b = sample(), sample()
-    found = compare(options.repeats, ours=lambda: fid.frechet_distance(a, b), sqrtm=by_root)
-    (ours, value), (theirs, expected) = found["ours"], found["sqrtm"]
-    print(
-        f"| Fréchet distance, 2,048 dimensions | {ours:.2f} s, sqrtm {theirs:.2f} s: {theirs / ours:.1f} times faster; ", end=""
-    )
-    print(f"relative difference {abs(value / expected - 1):.0e} |")
+    value, expected = fid.frechet_distance(a, b), by_root()
+    ours, theirs = medians(options, {"ours": lambda: fid.frechet_distance(a, b), "sqrtm": by_root}).values()
+    times = f"{ours:.2f} s, sqrtm {theirs:.2f} s: {theirs / ours:.1f} times faster"
+    print(f"| Fréchet distance, 2,048 dimensions | {times}; relative difference {abs(value / expected - 1):.0e} |")
 
 
 def random_weights():
@@ -90,18 +80,13 @@ def features(options):
     last.net.to(memory_format=torch.channels_last)  # channels-last alone: convolutions follow the layout of their weights
     ours = inception.Inception(state)
     images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    nets = {"plain": plain, "last": last, "ours": ours}
-    for net in nets.values():
-        net(images)
-    found = compare(options.repeats, **{name: lambda net=net: net(images) for name, net in nets.items()})
-    base, layout, mine = (found[name][0] for name in nets)
-    expected, value = found["plain"][1], found["ours"][1]
+    expected, value = plain(images), ours(images)
     difference = float((value - expected).abs().max() / expected.abs().max())
-    print(
-        f"| Inception features, batch 32 | {32 / mine:.1f} images/s, plain {32 / base:.1f}: {base / mine:.2f} times faster ",
-        end="",
-    )
-    print(f"(channels-last alone {base / layout:.2f}); greatest difference {difference:.0e} |")
+    nets = {"plain": plain, "last": last, "ours": ours}
+    base, layout, mine = medians(options, {name: lambda net=net: net(images) for name, net in nets.items()}).values()
+    times = f"{32 / mine:.1f} images/s, plain {32 / base:.1f}: {base / mine:.2f} times faster"
+    alone = f"channels-last alone {base / layout:.2f}"
+    print(f"| Inception features, batch 32 | {times} ({alone}); greatest difference {difference:.0e} |")
 
 
 def write_mnist(folder, data_path):
@@ -114,11 +99,11 @@ def write_mnist(folder, data_path):
 
 def pixels_in_a_rank(folder):
     """What each rank of `pixels` runs: prints the seconds of the pass, listing the folder included."""
-    import dist_util
-
     with dist_util.session() as device:
         dist_util.gather(None)
-        spent, found = seconds(lambda: fid.measure(dataset.ImageFiles(folder), fid.Pixels(device)))
+        start = time.perf_counter()
+        found = fid.measure(dataset.ImageFiles(folder), fid.Pixels(device))
+        spent = time.perf_counter() - start
         if dist_util.rank() == 0:
             print(json.dumps([spent, float(np.trace(found.sigma)), found.metadata["n"]]))
 
@@ -148,18 +133,8 @@ def memory(options, folder):
         """GB; a small process of its own starts fid.py, since a large one would pass its size on to the child."""
         code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
         code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            sys.executable,
-            "fid.py",
-            "--mode",
-            "gen",
-            "--img_folder",
-            str(folder),
-            *arguments,
-        ]
+        command = [sys.executable, "-c", code, sys.executable, "fid.py", "--mode", "gen", "--img_folder", str(folder)]
+        command += arguments
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return int(done.stdout.splitlines()[-1]) / (2**20 if sys.platform != "darwin" else 2**30)
 
