@@ -7,8 +7,6 @@
 Prints a table row for each; medians of --repeats.  Run it with nothing else on the machine.
 """
 
-import dist_util
-
 import argparse
 import json
 import os
@@ -99,12 +97,12 @@ def write_mnist(folder, data_path):
 
 def pixels_in_a_rank(folder):
     """What each rank of `pixels` runs: prints the seconds of the pass, listing the folder included."""
-    with dist_util.session() as device:
-        dist_util.gather(None)
+    with timing.dist_util.session() as device:
+        timing.dist_util.gather(None)
         start = time.perf_counter()
         found = fid.measure(dataset.ImageFiles(folder), fid.Pixels(device))
         spent = time.perf_counter() - start
-        if dist_util.rank() == 0:
+        if timing.dist_util.rank() == 0:
             print(json.dumps([spent, float(np.trace(found.sigma)), found.metadata["n"]]))
 
 
