@@ -1,7 +1,11 @@
-"""Classes and guidance: what share of a conditional model's images a classifier recognises, and their pixel FID.
+"""What a classifier says of a model's images.
 
   python benchmarks/classes.py --checkpoint CKPT --num_steps 1
   python benchmarks/classes.py --checkpoint CKPT --num_steps 20 --guidance 0 1 1.5 2 3 --dest logs/guidance.png
+
+Of a model with classes: the share of images that it recognises, and their pixel FID.  Of a model without: the share that it is
+sure of (a class has a probability of 0.9 or more), and the Fréchet distance of its features to all training images; the same of
+as many real images that it has not seen.
 
 The classifier is a small convolutional network, trained here on the training images of the checkpoint's data set (the digits:
 on all but every fifth).  Its accuracy on images that it has not seen comes first: what it says of drawn images is worth no
@@ -39,12 +43,13 @@ def real_images(config):
 
 
 def classifier(images, labels, epochs, device):
-    """A function of uint8 images that gives their classes."""
+    """A function of uint8 images (N, C, H, W) that gives features (N, 1024) and probabilities of classes, on the CPU."""
     torch.manual_seed(0)
     channels, classes = images.shape[1], int(labels.max()) + 1
     blocks = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    blocks += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3)]
-    net = nn.Sequential(*blocks, nn.Linear(1024, classes)).to(device)
+    blocks += [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    features, last = nn.Sequential(*blocks), nn.Linear(1024, classes)
+    net = nn.Sequential(features, nn.Dropout(0.3), last).to(device)
     optim = torch.optim.AdamW(net.parameters(), lr=2e-3)
     steps = epochs * len(images) // 128
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, 2e-3, total_steps=steps)
@@ -60,34 +65,55 @@ def classifier(images, labels, epochs, device):
     net.eval()
 
     @torch.no_grad()
-    def classify(images):
-        return torch.cat([net(dataset.to_model(part.to(device), True)).argmax(1).cpu() for part in images.split(500)])
+    def look(images):
+        found = [features(dataset.to_model(part.to(device), True)) for part in images.split(500)]
+        return torch.cat(found).cpu(), torch.cat([last(x).softmax(1) for x in found]).cpu()
 
-    return classify
+    return look
+
+
+def without_classes(trained, look, everything, test, num):
+    """Prints a row for drawn images and one for real ones."""
+
+    def statistics(features):
+        return fid.Statistics(features.double().mean(0).numpy(), features.double().T.cov().numpy(), {})
+
+    reference = statistics(look(everything)[0])
+    print("| images | Fréchet distance of features | sure |\n|---|---|---|")
+    for name, images in (("real, not seen", test[:num]), ("drawn", trained.images(range(num)))):
+        features, probabilities = look(images)
+        score, sure = fid.frechet_distance(reference, statistics(features)), (probabilities.amax(1) >= 0.9).float().mean()
+        print(f"| {len(images)} {name} | {score:.3f} | {100 * sure:.2f} % |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="of a conditional model")
+    parser.add_argument("--checkpoint", required=True, help="model to draw images from")
     parser.add_argument("--num_steps", type=int, default=1, help="steps from noise to data (default: 1)")
     parser.add_argument("--ode_solver", default="dpm", help="of a denoiser (default: dpm)")
+    parser.add_argument("--time_grid", help="of a denoiser (default: the checkpoint's)")
+    parser.add_argument("--precision", default="fp32", help="of the network (default: fp32)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="of a denoiser (default: 1, none)")
-    parser.add_argument("--num", type=int, default=1000, help="images of each class (default: 1000)")
+    parser.add_argument("--num", type=int, default=1000, help="images of each class, or in all (default: 1000)")
     parser.add_argument("--epochs", type=int, default=5, help="of the classifier (default: 5; the digits need 60)")
     parser.add_argument("--data_path", default="data", help="where the data set is (default: data)")
     parser.add_argument("--dest", help="PNG file for the scores against guidance")
     options = parser.parse_args()
     with dist_util.session() as device:
-        flags = {"num_steps": options.num_steps, "data_path": options.data_path, "ode_solver": options.ode_solver}
+        names = ("num_steps", "data_path", "ode_solver", "time_grid", "precision")
+        flags = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         trained = generator.load_model(options.checkpoint, flags, device)
         if options.guidance != [1.0]:
             if trained.is_flow_map:
                 parser.error("a flow map has the guidance of its training: leave --guidance out")
             generator.check_guidance(trained)
         everything, train, test = real_images(trained.config)
-        classify = classifier(*train, options.epochs, device)
-        right = classify(test[0]) == test[1]
+        look = classifier(*train, options.epochs, device)
+        right = look(test[0])[1].argmax(1) == test[1]
         print(f"classifier: {100 * right.float().mean():.2f} % of {len(right)} real images it has not seen\n")
+        if not trained.config.network.label_dim:
+            without_classes(trained, look, everything[0], test[0], options.num)
+            return
         extract, classes = fid.load_features("pixels", device), trained.config.network.label_dim
         reference, rows = fid.measure(everything[0], extract), []
         print("| guidance | pixel FID | recognised |" + "".join(f" {i} |" for i in range(classes)))
@@ -97,7 +123,7 @@ def main():
                 trained.sampled(guidance=w, class_idx=i).images(range(i * options.num, (i + 1) * options.num))
                 for i in range(classes)
             ]
-            shares = [float((classify(part) == i).float().mean()) for i, part in enumerate(images)]
+            shares = [float((look(part)[1].argmax(1) == i).float().mean()) for i, part in enumerate(images)]
             score, share = fid.frechet_distance(reference, fid.measure(torch.cat(images), extract)), sum(shares) / classes
             rows.append((w, score, share))
             line = "".join(f" {100 * value:.1f} |" for value in shares)
