@@ -20,19 +20,22 @@ import fid
 import generator
 import misc
 
-TITLES = {"denoiser": "denoiser, ODE", "characteristic": "flow map"}
+
+def title(trained):
+    sampling = trained.config.sampling
+    return "flow map" if trained.is_flow_map else "denoiser, SDE" if sampling.sde else f"denoiser, ODE ({sampling.ode_solver})"
 
 
 def draw_images(models, run):
     """The picture: rows are seeds, columns numbers of evaluations, a block for each model."""
     rows, columns = run.nsampling, len(run.num_steps)
     figure, axes = misc.new_figure(2, 1.4 * columns + 1, 0.62 * rows + 0.7)
-    for ax, (mode, trained) in zip(axes, models.items()):
+    for ax, trained in zip(axes, models.values()):
         blocks = [trained.sampled(num_steps=steps).images(range(rows)) for steps in run.num_steps]
         evaluations = [generator.nfe(trained.sampled(num_steps=steps).config) for steps in run.num_steps]
         picture, cell = misc.tile(torch.stack(blocks, 1).flatten(0, 1), columns)
         ax.imshow(picture.permute(1, 2, 0))
-        ax.set(title=TITLES[mode], xlabel="network evaluations", ylabel="seed")
+        ax.set(title=title(trained), xlabel="network evaluations", ylabel="seed")
         ax.set_xticks([(i + 0.5) * cell for i in range(columns)], evaluations)
         ax.set_yticks([(i + 0.5) * cell for i in range(rows)], range(rows))
         ax.tick_params(length=0)
@@ -72,14 +75,14 @@ def curve_files(run):
     return f"{stem}-fid.png", f"{stem}-fid.csv"
 
 
-def draw_curves(rows, run):
+def draw_curves(rows, models, run):
     """The FID of both models against evaluations, in curve_files()."""
     picture, table = curve_files(run)
     fid.write_table(table, rows)
     figure, (ax,) = misc.new_figure(1, 5, 3.5)
-    for mode, title in TITLES.items():
+    for mode, trained in models.items():
         nfe, scores = zip(*((row["nfe"], float(row["FID"])) for row in rows if row["mode"] == mode))
-        ax.plot(nfe, scores, "o-", label=title)
+        ax.plot(nfe, scores, "o-", label=title(trained))
     kind = "pixel FID" if rows[0]["features"] == "pixels" else "FID"
     ax.set(xlabel="network evaluations", ylabel=f"{kind}, {rows[0]['n']} images", xscale="log", yscale="log")
     ax.set_xticks(nfe, nfe)
@@ -106,7 +109,7 @@ def main():
             raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")
         models = {}
         for mode in ("denoiser", "characteristic"):
-            takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in ("sde", "guidance", *generator.CHURN)}
+            takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in generator.OF_DENOISERS}
             models[mode] = generator.load_model(getattr(run, mode), takes, device)
             if models[mode].config.task.mode != mode:
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")
@@ -115,7 +118,7 @@ def main():
         rows = score(models, run, device, flags.get("num_workers", fid.WORKERS)) if run.ref_path else []
         draw_images(models, run)
         if rows:
-            draw_curves(rows, run)
+            draw_curves(rows, models, run)
         print("\n".join([run.dest, *(curve_files(run) if rows else [])]))
 
 

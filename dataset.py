@@ -121,8 +121,10 @@ class ImageFiles:
             else:
                 self.archive = zipfile.ZipFile(self.path)
                 found = self.members = _in_zip(self.archive)
-        except (zipfile.BadZipFile, FileNotFoundError) as error:
-            raise UserError(f"{self.path} is neither a folder nor a zip of images: {error.args[-1]}") from error
+        except FileNotFoundError as error:
+            raise UserError(f"there is no folder or zip of images {self.path}") from error
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{self.path} is neither a folder nor a zip of images: {error}") from error
         except Exception as error:  # OSError, and whatever a damaged zip runs into
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
         visible = [n for n in sorted(found) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]

@@ -246,7 +246,8 @@ FOLDER_COLUMNS = (
 )  # fmt: skip
 
 # What is best on the digits and on MNIST (docs/mnist.md, docs/speed.md), where no recipe of the reference's is to be kept.
-OURS = {"time_grid": "cosine", "grid_spacing": "cosine", "teacher_solver": "dpm", "one_step_share": 0.7, "dsm_weight": 0.5}
+OURS = {"ode_solver": "dpm", "time_grid": "cosine", "grid_spacing": "cosine", "teacher_solver": "dpm"}
+OURS |= {"one_step_share": 0.7, "dsm_weight": 0.5}
 OTHER_PRESETS = {
     "digits": {"eval_eps0": 1e-2, "eval_bsz": 300, "bank_size": 2048, "bank_refresh_freq": 64, **OURS},
     "afhq": {"bank_size": 2048, "bank_dtype": "float16"},

@@ -28,6 +28,7 @@ import network
 import sde
 
 CHURN = ("churn", "s_min", "s_max", "gamma")
+OF_DENOISERS = ("ode_solver", "guidance", "sde", *CHURN)  # a flow map uses none of these
 
 
 @dataclass
@@ -93,9 +94,8 @@ class Trained:
     def record(self, seeds, given=None):
         """How the images of these seeds are made: what eval.json and statistics hold about them."""
         plain = defaults.to_dict(self.config)
-        if self.is_flow_map:  # which uses none of these
-            unused = ("ode_solver", "guidance", "sde", *CHURN)
-            plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in unused}
+        if self.is_flow_map:
+            plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in OF_DENOISERS}
         file = {"checkpoint": str(self.path), "sha256": misc.file_hash(self.path), "step": self.step}
         file |= {"raw": True} if self.raw else {}
         file |= {"guide": misc.file_hash(self.guide.path)} if self.guide else {}
@@ -143,6 +143,9 @@ def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     model = model.to(device)
     if config.speed.compile:
         network.compile_in_place(model.net)
+    unused = [name for name in OF_DENOISERS if name in flags and config.task.mode == "characteristic"]
+    if unused:
+        misc.log(f"{path} is a flow map, which has no {' and no '.join(unused)}: the image does not change")
     found = Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean, raw or content.get("raw") is True)
     return replace(found, guide=load_guide(found, guide, device)) if guide or config.sampling.guidance != 1 else found
 

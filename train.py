@@ -524,6 +524,7 @@ class Training:
     def describe(self):
         """Print how large the run would be and how long it would take: a few steps are timed, and nothing is kept."""
         config, train, model = self.config, self.config.train, self.state.model
+        misc.log("timing a few steps")
         x = torch.zeros(train.bsz, *self.state.mean.shape, device=self.generator.device)
         t = torch.full((len(x),), 0.5, device=x.device)
         label = dataset.one_hot(torch.zeros_like(t, dtype=torch.long), config.network.label_dim)
@@ -537,7 +538,7 @@ class Training:
             "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million",
             "operations": f"{self.flops / 1e9:.2f} GFLOP an image, forward and backward",
             "images": f"{steps * train.global_bsz:,} in {steps:,} steps",
-            "time": f"about {datetime.timedelta(seconds=round(seconds))} h on {dist_util.world_size()} x {x.device.type}",
+            "time": f"about {datetime.timedelta(seconds=round(seconds))} on {dist_util.world_size()} x {x.device.type}",
         }
         if workdir.bank_bytes(config):
             pairs = self.objective.pairs_of_each(self.start, train.train_steps)

@@ -90,7 +90,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="model to draw images from")
     parser.add_argument("--num_steps", type=int, default=1, help="steps from noise to data (default: 1)")
-    parser.add_argument("--ode_solver", default="dpm", help="of a denoiser (default: dpm)")
+    parser.add_argument("--ode_solver", help="of a denoiser (default: the checkpoint's)")
     parser.add_argument("--time_grid", help="of a denoiser (default: the checkpoint's)")
     parser.add_argument("--precision", default="fp32", help="of the network (default: fp32)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="of a denoiser (default: 1, none)")

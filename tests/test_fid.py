@@ -497,7 +497,7 @@ def cut_array(path):
 
 
 BAD_SETS = {
-    "missing": (lambda p: None, "neither a folder nor a zip"),
+    "missing": (lambda p: None, "there is no folder or zip of images"),
     "empty": (lambda p: p.mkdir(), "no images in"),
     "empty but for others": (lambda p: [p.mkdir(), (p / "a.txt").touch()], "among 1 files, such as a.txt"),
     "one image": (lambda p: write_folder(p, images(1)), "1 image: a covariance needs two or more"),

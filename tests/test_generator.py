@@ -164,6 +164,16 @@ def test_a_flow_map_is_drawn_in_one_step_unless_told_otherwise(tmp_path):
         generator.load_model(path, {"churn": True})
 
 
+def test_a_solver_for_a_flow_map_is_named_as_unused(models, tmp_path):
+    """It is no error, since the same flags are given to both models."""
+    common = ["--nsampling", "2", "--ode_solver", "heun", "--dest"]
+    done = run("teaser.py", "--checkpoint", models / "flow" / "latest.pth", *common, tmp_path / "x.png")
+    assert "is a flow map, which has no ode_solver: the image does not change" in done.stderr
+    done = run("teaser.py", "--checkpoint", models / "ode" / "latest.pth", *common, tmp_path / "y.png")
+    both = ["--denoiser", models / "ode" / "latest.pth", "--characteristic", models / "flow" / "latest.pth"]
+    assert "is a flow map" not in done.stderr + run("compare.py", *both, "--num_steps", "1", *common, tmp_path / "z.png").stderr
+
+
 def test_every_script_draws_a_flow_map_in_one_step(models, tmp_path):
     """Though it has learned on a grid of two."""
     flow = ["--checkpoint", models / "flow" / "latest.pth"]
@@ -370,7 +380,7 @@ def test_images_are_encoded_and_decoded_by_both_models_on_any_number_of_ranks(mo
         latents, made = torch.from_numpy(file["latents"]), json.loads(str(file["metadata"]))
     assert made["sha256"] == misc.file_hash(models / "ode" / "latest.pth") and made["source"] == str(folder)
     sampling = made["config"]["sampling"]
-    assert [sampling[k] for k in ("ode_solver", "num_steps", "time_grid", "eval_eps0")] == ["deis", 4, "cosine", 0.01]
+    assert [sampling[k] for k in ("ode_solver", "num_steps", "time_grid", "eval_eps0")] == ["dpm", 4, "cosine", 0.01]
 
     for name, command, there in (("ode", [*ode, "--num_steps", "4"], "png"), ("flow", flow, "png"), ("flow", flow, "npz")):
         again = tmp_path / f"{name}-{there}"

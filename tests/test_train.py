@@ -112,7 +112,7 @@ def test_a_dry_run_says_how_large_a_run_would_be_and_leaves_no_trace(models, tmp
     out = run("train.py", *TINY_RUN, *flags, "--workdir", tmp_path / "new", "--dry_run").stdout
     words = {line.split()[0]: line for line in out.splitlines()}
     assert words.keys() == {"parameters", "operations", "images", "time"} | ({"bank"} if "trajectory" in stage_2 else set())
-    assert re.search(r"about \d+:\d\d:\d\d h on 1 x cpu", words["time"]), words
+    assert re.search(r"about \d+:\d\d:\d\d on 1 x cpu", words["time"]), words
     assert not (tmp_path / "new").exists()
 
 
