@@ -119,6 +119,8 @@ def read(path):
         with warnings.catch_warnings():  # of torch about tensors that are refused below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not look
+            raise ValueError("what it holds is not what was written")
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}") from error
     except OSError as error:
@@ -183,6 +185,8 @@ def _storage(content):
 
 def _tensor(storage, offset, size, stride, *ignored):
     """ValueError for one that is larger than what is stored: torch would fill up with whatever is in the memory."""
+    if len(size) != len(stride):
+        raise ValueError("a tensor with other strides than sizes")
     if min((offset, *size, *stride)) < 0 or offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage._size():
         raise ValueError("a tensor without its numbers")
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
@@ -271,18 +275,22 @@ def read_edm(path):
     config = edm_config(options, path)
     try:
         weights = {name: value for name, value in _tensors(state["_modules"]["model"]) if not name.startswith("map_augment")}
-    except (KeyError, AttributeError, TypeError, RecursionError) as error:
+    except Exception as error:  # likewise
         raise UserError(f"{path} is damaged: the network in it has no weights") from error
     return {"ema": weights, "config": defaults.to_dict(config)}
 
 
-def _tensors(module, prefix=""):
-    """(name, tensor) of a Shell, as state_dict() would name them."""
+def _tensors(module, prefix="", seen=()):
+    """(name, tensor) of a Shell, as state_dict() would name them; ValueError where a module is held twice: that may not end."""
+    seen = seen or set()
+    if id(module) in seen:
+        raise ValueError("a module in two places")
+    seen.add(id(module))
     for kind in ("_parameters", "_buffers"):
         yield from ((prefix + name, value) for name, value in module.state[kind].items() if value is not None)
     for name, child in module.state["_modules"].items():
         if child is not None:
-            yield from _tensors(child, f"{prefix}{name}.")
+            yield from _tensors(child, f"{prefix}{name}.", seen)
 
 
 def edm_config(options, path):
@@ -308,7 +316,7 @@ def edm_config(options, path):
         sampling |= {"eval_eps0": low**2 / (w[0] * (1 + w[0])), "eval_eps1": 1 / w[1]}
         network = {"data_name": "folder", "architecture": architecture, "time_input": "log_snr"}
         return defaults.resolve({**network, **found, **sampling})
-    except (UserError, TypeError, ValueError, OverflowError) as error:
+    except (UserError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path} holds a network that does not fit: {error}") from error
 
 
@@ -462,8 +470,6 @@ class Saved:
 def load_run(path):
     """The Saved of a checkpoint that train.py wrote; UserError for another, a damaged one, or one of an earlier version."""
     content = read(path)
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not look
-        raise UserError(f"{path} is damaged: what it holds is not what was written")
     if not {"model", "config", "optim", "mean", "run"} <= content.keys():
         raise UserError(f"{path} holds no run to continue: it was not written by train.py, or by an earlier version")
     config, run = defaults.from_dict(content["config"]), content["run"]
@@ -569,6 +575,8 @@ def publish(src, dest, half=False, raw=False):
     config = defaults.from_dict(content["config"])
     net = build_model(config).net
     load_weights(net, content["model" if raw else "ema"], src)
+    if "mean" in content:
+        check_mean(content["mean"], config, src)
     weights, parameters = net.state_dict(), {name for name, _ in net.named_parameters()}
     if half:  # buffers stay: frequencies of times need their digits
         weights = {name: x.half() if name in parameters else x for name, x in weights.items()}

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -205,8 +205,32 @@ def _stop(number, frame):
     raise Stopped(number)
 
 
+class Unfailing:
+    """A stderr that nobody may be left to read (`| tee`, a full disk, a daemon's): what it cannot write stops no run."""
+
+    def __init__(self, stream):
+        self.stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def launch(main):
     """Run a script's main() and leave.  One line and an exit status for a UserError: 2, SIGTERM: 143, SIGINT: 130."""
+    with redirect_stderr(Unfailing(sys.stderr)):
+        _launch(main)
+
+
+def _launch(main):
     for number in SIGNALS:
         signal.signal(number, _stop)
     with suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
@@ -231,11 +255,21 @@ def launch(main):
     os._exit(status)
 
 
+def one_line(text):
+    """The text with what a terminal would take for a command written out."""
+    return "".join(c if c >= " " and c != "\x7f" else repr(c)[1:-1] for c in str(text))
+
+
+def told(error):
+    """What is said of a UserError or an OSError."""
+    named = isinstance(error, OSError) and error.strerror
+    return f"{error.strerror}{f': {error.filename}' if error.filename else ''}" if named else str(error)
+
+
 def _refuse(error, speaks):
     """The exit status of a command that is refused, once the rank that speaks has said why."""
     if speaks:  # in one line, whatever names of files and values from files hold
-        line = "".join(c if c >= " " and c != "\x7f" else repr(c)[1:-1] for c in str(error))
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
     else:
         time.sleep(2)  # torchrun stops all ranks when the first leaves: let rank 0 speak
     return 2
@@ -257,6 +291,8 @@ def _run(main):
     except BrokenPipeError:  # the reader of stdout went away (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # of the machine: a path too long, a folder that may not be read, a full disk behind stdout
+        return _refuse(told(error), True)
     except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
         text = (str(error).strip() or "out of memory").splitlines()[0]
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
@@ -266,6 +302,8 @@ def _run(main):
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             advice = "it needs a C++ compiler and Python's headers, on a GPU Triton; or leave it out"
             return _refuse(f"--compile failed: {advice} ({text[:300]})", speaks)
+        if text.startswith("Symlink loop"):
+            return _refuse(text, speaks)
         if not several or not is_loss_of_a_rank(error):
             raise
         print(f"rank {rank()} leaves: it lost another rank, or waited too long for it ({text})", file=sys.stderr)
@@ -312,12 +350,12 @@ def gather_rows(mine):
 
 
 def agree(function):
-    """function() on every rank; if it raised UserError on any, that error (of the lowest rank) on all of them."""
+    """function() on every rank; if it raised UserError or OSError on any, that error (of the lowest rank) on all of them."""
     result, message = None, None
     try:
         result = function()
-    except UserError as error:
-        message = str(error)
+    except (UserError, OSError) as error:
+        message = told(error)
     for other in gather(message):
         if other is not None:
             raise UserError(other)

@@ -211,6 +211,7 @@ def main():
     check_flags(run)
     with dist_util.session() as device:
         trained = dist_util.agree(lambda: generator.load_model(run.checkpoint, flags, device, run.raw, run.guide))
+        generator.check_same_on_all_ranks(run.checkpoint, trained.sha256)
         workdir = Path(run.workdir)
         if run.encode is not None:
             made, originals = encode(workdir, trained, run.encode), None

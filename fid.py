@@ -421,7 +421,8 @@ def write_table(path, rows, before=""):
 
 def append_row(path, row):
     """Add a row of table_row() to the table `path`; others that add one at the same time take turns."""
-    folder = Path(path).absolute().parent
+    path = os.path.realpath(path)  # a link stays one
+    folder = Path(path).parent
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -450,6 +451,8 @@ def open_source(run, flags, device):
 def make_statistics(run, flags, metrics, device, reference=None):
     """Statistics of the images that the flags name; every rank measures its share."""
     source, made = dist_util.agree(lambda: open_source(run, flags, device))
+    if run.mode != "ref" and run.checkpoint:
+        generator.check_same_on_all_ranks(run.checkpoint, made["made_by"]["sha256"])
     shape = dist_util.agree(lambda: source.shape)
     if reference and reference.metadata.get("image") == [1, *shape[1:]] and shape[0] == 3 and run.img_folder and not run.force:
         source = dataset.Grey(source)  # many tools write grey images as RGB

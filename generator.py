@@ -11,9 +11,11 @@ again = model.decode(latents)                # uint8 (64, C, H, W)
 edited = model.from_images(images, 0.5)      # uint8 (64, C, H, W), drawn from these images with the noise of t = 0.5
 """
 
+import dist_util
 from dist_util import UserError
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -43,6 +45,7 @@ class Trained:
     knows_mean: bool = True
     raw: bool = False  # weights of the last step
     guide: "Trained | None" = None  # a weaker one, for autoguidance
+    sha256: str = ""  # of the file that was read: a link, such as latest.pth of a run that goes on, names another one later
 
     @property
     def is_flow_map(self):
@@ -96,9 +99,9 @@ class Trained:
         plain = defaults.to_dict(self.config)
         if self.is_flow_map:
             plain["sampling"] = {k: v for k, v in plain["sampling"].items() if k not in OF_DENOISERS}
-        file = {"checkpoint": str(self.path), "sha256": misc.file_hash(self.path), "step": self.step}
+        file = {"checkpoint": str(self.path), "sha256": self.sha256, "step": self.step}
         file |= {"raw": True} if self.raw else {}
-        file |= {"guide": misc.file_hash(self.guide.path)} if self.guide else {}
+        file |= {"guide": self.guide.sha256} if self.guide else {}
         file |= {"begin": given.record} if given else {}
         evaluations = nfe(self.config, given and given.t)
         return {**file, "nfe": evaluations, "start_seed": seeds[0], "end_seed": seeds[-1], "config": plain}
@@ -112,7 +115,8 @@ def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     A checkpoint without configuration, as others publish, takes everything from flags and presets.  A pickle of EDM's has one
     but for the name of its data.
     """
-    content, flags = checkpoint.read(path), {"precision": "fp32", "compile": False, **dict(flags)}  # not as it was trained
+    file = os.path.realpath(path) if os.path.islink(path) else path
+    content, flags = checkpoint.read(file), {"precision": "fp32", "compile": False, **dict(flags)}  # not as it was trained
     for name in flags:
         if name in defaults.SETTINGS and name not in defaults.MODEL_SETTINGS:
             raise UserError(f"{name} is a setting of training: it changes no model that is trained")
@@ -147,7 +151,14 @@ def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     if unused:
         misc.log(f"{path} is a flow map, which has no {' and no '.join(unused)}: the image does not change")
     found = Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean, raw or content.get("raw") is True)
+    found = replace(found, sha256=misc.file_hash(file))
     return replace(found, guide=load_guide(found, guide, device)) if guide or config.sampling.guidance != 1 else found
+
+
+def check_same_on_all_ranks(path, sha256):
+    """UserError on all ranks unless they read the same checkpoint at `path`."""
+    if len(set(dist_util.gather(sha256))) > 1:
+        raise UserError(f"{path} changed while it was read, as that of a run that goes on: give the command again")
 
 
 def check_guidance(trained):

@@ -80,6 +80,8 @@ def check_writable(path, advice="name another file"):
     try:
         if path.is_dir() or folder:
             raise UserError(f"cannot write {path}: it is a folder; {advice}")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is a device or a pipe, and would be replaced; {advice}")
         place = next(parent for parent in path.absolute().parents if parent.exists())
         tempfile.TemporaryFile(dir=place).close()
         with suppress(FileNotFoundError, NotADirectoryError):  # a name may be too long, with what atomic() adds
@@ -175,7 +177,7 @@ def progress(total, desc, unit="img", initial=0):
 def log(text):
     """A line on stderr, from rank 0 alone."""
     if dist_util.rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write("\n".join(map(dist_util.one_line, text.split("\n"))), file=sys.stderr)
 
 
 def write_png(path, image, sync=False):
@@ -185,6 +187,8 @@ def write_png(path, image, sync=False):
     """
     from torchvision.io import encode_png  # slow to import, and most runs draw nothing
 
+    if max(image.shape) > 10**6:
+        raise UserError(f"cannot write {path}: a PNG file has at most a million pixels a side, not {max(image.shape)}")
     encoded = encode_png(image, compression_level=int(image.numel() + image.shape[1] > 4000))
     with atomic(path, sync) as temporary, open(temporary, "wb") as file:
         file.write(encoded.numpy())

@@ -90,6 +90,8 @@ def main():
     for name, least in (("nsampling", 1), ("columns", 0)):
         if not least <= getattr(run, name) <= 2**16:
             raise UserError(f"--{name} is {getattr(run, name)}: it must be from {least} to {2**16}")
+    if run.trajectory and run.columns:
+        raise UserError("--columns is not for --trajectory, whose columns are times: leave it out")
     check_interpolation(run)
     seeds = range(run.start_seed, run.start_seed + run.nsampling)
     generator.check_seeds(seeds[0], seeds[-1])

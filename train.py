@@ -161,7 +161,7 @@ class Trajectory(Distillation):
         about |= {name: getattr(self.config.train, name) for name in ("seed", "global_bsz", "bsz", "train_eps0", "train_eps1")}
         names = ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho", "grid_spacing", "bank_dtype")
         about |= {name: getattr(distil, name) for name in names}
-        about |= {"teacher": misc.file_hash(self.teacher.path)} if folder else {}
+        about |= {"teacher": self.teacher.sha256} if folder else {}
         form = (self.slots + 1, shape, getattr(torch, distil.bank_dtype), self.ts.device)
         self.bank = dist_util.agree(lambda: workdir.Bank(folder, about, *form))
         self.first = self.replaced(step)
@@ -422,6 +422,8 @@ class Training:
 
     def __init__(self, run, flags, device):
         plan = dist_util.agree(lambda: workdir.make_plan(run, flags, device))
+        if plan.teacher:
+            generator.check_same_on_all_ranks(plan.teacher.path, plan.teacher.sha256)
         if len(set(dist_util.gather(plan.config.speed.precision))) > 1:
             raise UserError("the ranks would compute in different precisions: say one with --precision")
         if len(set(dist_util.gather((str(plan.saved and plan.saved.path), plan.start)))) > 1:

@@ -220,10 +220,9 @@ def find_teacher(run, flags, mode, saved, device):
     teacher = generator.load_model(path, {name: value for name, value in flags.items() if name in of_model}, device)
     if teacher.is_flow_map:
         raise UserError(f"{path} is a flow map: --teacher takes a denoiser, from train.py --mode denoiser")
-    digest = misc.file_hash(path)
-    if known and known["sha256"] != digest:
+    if known and known["sha256"] != teacher.sha256:
         raise UserError(f"{path} is not the teacher that {saved.path} began with: name that with --teacher, or begin a new run")
-    return teacher, {"path": os.path.abspath(path), "sha256": digest}
+    return teacher, {"path": os.path.abspath(path), "sha256": teacher.sha256}
 
 
 def bank_slots(config):
@@ -395,8 +394,8 @@ def read_metrics(workdir):
     try:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         lines = [json.loads(line) for line in lines]
-        if not all(type(line["step"]) is int for line in lines):
-            raise ValueError("a step that is no number")
+        if not all(type(line["step"]) is int and type(line.get("seconds", 0.0)) in (int, float) for line in lines):
+            raise ValueError("a step or a time that is no number")
         return lines
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: repair it, or move it away") from error

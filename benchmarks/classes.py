@@ -80,7 +80,10 @@ def without_classes(trained, look, everything, test, num):
 
     reference = statistics(look(everything)[0])
     print("| images | Fréchet distance of features | sure |\n|---|---|---|")
-    for name, images in (("real, not seen", test[:num]), ("drawn", trained.images(range(num)))):
+    for name, images in (
+        ("real, not seen", test[:: len(test) // min(num, len(test))][:num]),
+        ("drawn", trained.images(range(num))),
+    ):
         features, probabilities = look(images)
         score, sure = fid.frechet_distance(reference, statistics(features)), (probabilities.amax(1) >= 0.9).float().mean()
         print(f"| {len(images)} {name} | {score:.3f} | {100 * sure:.2f} % |", flush=True)
@@ -99,6 +102,8 @@ def main():
     parser.add_argument("--data_path", default="data", help="where the data set is (default: data)")
     parser.add_argument("--dest", help="PNG file for the scores against guidance")
     options = parser.parse_args()
+    if min(options.num, options.epochs) < 1:
+        parser.error("--num and --epochs must be 1 or more")
     with dist_util.session() as device:
         names = ("num_steps", "data_path", "ode_solver", "time_grid", "precision")
         flags = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -137,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    dist_util.launch(main)

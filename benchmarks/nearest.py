@@ -42,6 +42,8 @@ def main():
     parser.add_argument("--data_path", default="data", help="where the data set is (default: data)")
     parser.add_argument("--dest", required=True, help=f"PNG file: rows of an image and the {NEAREST} nearest, {SHOWN} images")
     options = parser.parse_args()
+    if options.num < SHOWN:
+        parser.error(f"--num is {options.num}: it must be {SHOWN} or more")
     with dist_util.session() as device:
         trained = generator.load_model(options.checkpoint, {"num_steps": options.num_steps}, device)
         flags = ({"split": split, "data_path": options.data_path} for split in ("train", "test"))
@@ -61,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    dist_util.launch(main)

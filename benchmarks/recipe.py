@@ -91,7 +91,7 @@ class Study:
         command = [*shlex.split(flags), "--data_path", self.options.data_path, "--workdir", str(folder)]
         command += [] if "--train_steps" in command else ["--train_steps", str(steps)]
         print("\n$ python train.py " + " ".join(command), file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, ROOT / "train.py", *command], stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(done.returncode)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -117,7 +117,7 @@ class Study:
     def choices(self):
         """A row for each choice of a stage."""
         options, stage = self.options, int(self.options.stage)
-        mode = "--data_name mnist" if stage == 1 else f"--mode characteristic --teacher {options.teacher}"
+        mode = "--data_name mnist" if stage == 1 else f"--mode characteristic --teacher {shlex.quote(options.teacher)}"
         base, grid = (STAGE_1, (20,)) if stage == 1 else (STAGE_2, (1, 2, 5))
         print("| choice | minutes |" + "".join(f" {steps} |" for steps in grid) + "\n|---|---|" + "---|" * len(grid))
         for name, (title, flags) in RUNS[stage].items():
@@ -139,7 +139,7 @@ class Study:
         minutes, figure, (ax,) = None, *misc.new_figure(1, 5, 3.5)
         print("| objective | steps | minutes |" + "".join(f" {n} |" for n in NFE) + "\n|---|---|---|" + "---|" * len(NFE))
         for objective in ("trajectory", "semigroup"):
-            base = f"--mode characteristic --teacher {self.options.teacher} {STAGE_2} --objective {objective}"
+            base = f"--mode characteristic --teacher {shlex.quote(self.options.teacher)} {STAGE_2} --objective {objective}"
             base += " --keep 0 --dump_freq "
             folder, limit = self.folder / "curve" / objective, minutes
 
@@ -185,4 +185,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    dist_util.launch(main)

@@ -222,6 +222,30 @@ def short_tensor(p, models):
     (p / "x.pkl").write_bytes(pickle.dumps({"ema": Tensor()}))
 
 
+def strideless_tensor(p, models):
+    """x.pkl: a tensor of a million numbers, of which four are there, without strides."""
+
+    class Tensor:
+        def __reduce__(self):
+            untyped = torch.zeros(4).untyped_storage()
+            storage = torch.storage.TypedStorage(wrap_storage=untyped, dtype=torch.float32, _internal=True)
+            return torch._utils._rebuild_tensor_v2, (storage, 0, (10**6,), (), False, {})
+
+    (p / "x.pkl").write_bytes(pickle.dumps({"ema": Tensor()}))
+
+
+def flipped(p, models):
+    """x.pth: the denoiser's checkpoint with one bit of its largest tensor changed, which torch would not see."""
+    data = bytearray((models / "ode" / "DDPMpp-000004.pth").read_bytes())
+    state = torch.load(models / "ode" / "DDPMpp-000004.pth", weights_only=True)["ema"]
+    data[data.index(max(state.values(), key=torch.numel).numpy().tobytes()) + 5] ^= 1
+    (p / "x.pth").write_bytes(data)
+
+
+def loop(p, models):
+    (p / "loop").symlink_to("loop")
+
+
 BIAS = "dec.8x8_aux_conv.bias"
 PICKLE = "eval.py --checkpoint x.pkl --workdir out --end_seed 1"
 EVAL, OUT = "eval.py --checkpoint x.pth --workdir out --end_seed 1", "--workdir out"
@@ -333,6 +357,9 @@ CASES = [
     (nothing, "eval.py --checkpoint nowhere.pth --workdir out", "there is no checkpoint nowhere.pth"),
     (put("x.pth", pickle.dumps(Hostile())), EVAL, "x.pth is a pickle that is not loaded: it asks for io.open"),
     (half, EVAL, "x.pth is not a checkpoint of tensors and plain values, or it is damaged"),
+    (flipped, EVAL, "x.pth is not a checkpoint of tensors and plain values, or it is damaged"),
+    (flipped, "checkpoint.py x.pth y.pth", "x.pth is not a checkpoint of tensors and plain values, or it is damaged"),
+    (checkpoint(set_key("mean", torch.full((1, 8, 8), float("nan")))), "checkpoint.py x.pth y.pth", "its mean is not a finite"),
     (put("x.pth", ""), EVAL, "x.pth is not a checkpoint"),
     (put("x.pth", "hello"), EVAL, "x.pth is not a checkpoint"),
     (lambda p, models: (p / "x.pth").mkdir(), EVAL, "cannot read checkpoint x.pth: Is a directory"),
@@ -379,6 +406,8 @@ CASES = [
     (pickled(sigma_min=90.0), PICKLE, "x.pkl holds a network that does not fit"),
     (pickled(class_name="a\nb"), PICKLE, "x.pkl holds a a\\nb of a SongUNet"),
     (short_tensor, PICKLE, "x.pkl is a pickle, but damaged"),
+    (strideless_tensor, PICKLE, "x.pkl is a pickle, but damaged"),
+    (pickled(sigma_min=torch.ones(2)), PICKLE, "x.pkl holds a network that does not fit"),
     (put("x.pkl", b"\x80\x02c_codecs\nencode\n}X\x08\x00\x00\x00__name__X\x01\x00\x00\x00xsb."), PICKLE, "x.pkl is a pickle"),
 
     # starting weights, classes, guidance, held-out images, published weights
@@ -476,6 +505,8 @@ CASES = [
     (workdir(set_key("step", -1)), f"{RUN} --workdir ode", "its step is -1"),
     (both(copy("ode"), put("ode/metrics.jsonl", "no json\n")), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
     (both(copy("ode"), put("ode/metrics.jsonl", '{"step": "1"}\n')), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
+    (both(copy("ode"), put("ode/metrics.jsonl", '{"step": 2, "seconds": null}\n')), f"{RUN} --workdir ode --train_steps 9",
+     "ode/metrics.jsonl is damaged"),
     (both(copy("ode"), put("ode/metrics.jsonl", "[" * 10**5 + "\n")), f"{RUN} --workdir ode", "ode/metrics.jsonl is damaged"),
     (dangling, f"{RUN} --workdir ode", "no checkpoint ode/DDPMpp-000009.pth: put a good one there, or"),
 
@@ -499,6 +530,8 @@ CASES = [
     (statistics(mu=np.zeros(3), sigma=np.eye(3)), NPZ, "the reference has 2 features and the images 3"),
     (both(statistics(), put("x.npz", "hello")), NPZ, "not a statistics file"),
     (nothing, "fid.py --ref_path nowhere.npz --stat_path b.npz", "there is no file nowhere.npz"),
+    (nothing, f"fid.py --ref_path {'a' * 300} --stat_path b.npz", "File name too long: aaa"),
+    (both(statistics(), lambda p, models: os.mkfifo(p / "pipe")), f"{NPZ} --csv pipe", "pipe: it is a device or a pipe"),
     (both(copy("ode"), put("out/eval.json", "{}"), put("out/000000.png", png())), f"{ODE} --end_seed 1",
      "eval.json is damaged"),
 
@@ -515,6 +548,7 @@ CASES = [
     (latents(), f"{ODE} --latents x --sde", "--sde and --churn add noise"),
     (latents(), f"{ODE} --encode in --class_idx 1", "the model has no classes"),
     (latents(), f"{FLOW_MAP} --encode in", "flow/latest.pth is a flow map, which runs to data alone: encode with the denoiser"),
+    (both(latents(), loop), f"{ODE} --encode loop", "loop"),
     (latents(), f"{ODE} --encode nowhere", "there is no folder or zip of images nowhere"),
     (both(copy("ode"), put("in/a.txt", "text")), f"{ODE} --encode in", "no images in in (among 1 files, such as a.txt)"),
     (both(latents(), put("in/0.png", png(9, 8))), f"{ODE} --encode in", "images of different sizes or colours among the 2"),
@@ -555,6 +589,7 @@ CASES = [
     (latents(), f"{ROW} --interpolate 3 8 --trajectory", "--trajectory is not for --interpolate"),
     (latents(), f"{ROW} --interpolate 3 8 --nsampling 9", "--nsampling is not for --interpolate"),
     (latents(), f"{ROW} --interpolate 3 8 --columns 1", "--columns is 1: --interpolate draws 2 images or more"),
+    (latents(), f"{ROW} --trajectory --columns 3", "--columns is not for --trajectory"),
     (latents(), f"{ROW} --latents x", "--latents is for --interpolate"),
 ]  # fmt: skip
 

@@ -172,7 +172,14 @@ def test_other_networks_and_hostile_pickles_are_one_line(tmp_path):
         def __reduce__(self):
             return getattr, ("", "join")
 
-    good = small(tmp_path).read_bytes()
+    good, twice = small(tmp_path).read_bytes(), checkpoint.Shell()
+    twice.state = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+    for _ in range(40):  # 2^40 modules to walk through
+        upper = checkpoint.Shell()
+        upper.state = {"_parameters": {}, "_buffers": {}, "_modules": {"a": twice, "b": twice}}
+        twice = upper
+    with pytest.raises(ValueError, match="in two places"):
+        list(checkpoint._tensors(twice))
     cases = {
         "asks for builtins.print": pickle.dumps({"ema": Evil()}),
         "asks for builtins.getattr": pickle.dumps(Global()),

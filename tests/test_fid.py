@@ -408,6 +408,9 @@ def test_fid_prints_one_number_and_appends_a_row(tmp_path):
     assert rows[0]["source"] == str(tmp_path / "b") and rows[0]["ref_path"] == str(tmp_path / "a.npz")
     assert rows[0]["image"] == "1x6x5" and rows[0]["subset_seed"] == rows[0]["forced"] == ""
     assert rows[0]["FID"] == first.strip() and rows[0]["solver"] == "heun" and rows[0]["nfe"] == "3" and rows[0]["n"] == "37"
+    (tmp_path / "link.csv").symlink_to("stats.csv")
+    run(*shared[:-1], tmp_path / "link.csv", "--stat_path", tmp_path / "b.npz")
+    assert (tmp_path / "link.csv").is_symlink() and len((tmp_path / "stats.csv").read_text().splitlines()) == 4
     assert rows[0]["rho"] == "7.0" and rows[0]["reference"] == misc.file_hash(tmp_path / "a.npz")
 
 

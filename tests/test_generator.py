@@ -174,6 +174,24 @@ def test_a_solver_for_a_flow_map_is_named_as_unused(models, tmp_path):
     assert "is a flow map" not in done.stderr + run("compare.py", *both, "--num_steps", "1", *common, tmp_path / "z.png").stderr
 
 
+def test_a_model_is_of_the_file_that_was_read_though_its_link_moves_on(models, tmp_path):
+    """As latest.pth does while a run goes on."""
+    link = tmp_path / "latest.pth"
+    link.symlink_to(models / "ode" / "DDPMpp-000002.pth")
+    model = generator.load_model(link)
+    link.unlink()
+    link.symlink_to(models / "ode" / "DDPMpp-000004.pth")
+    record = model.record(range(2))
+    assert (record["step"], record["sha256"]) == (2, misc.file_hash(models / "ode" / "DDPMpp-000002.pth"))
+    generator.check_same_on_all_ranks(link, model.sha256)
+
+
+def test_ranks_that_read_different_files_are_refused(monkeypatch):
+    monkeypatch.setattr(generator.dist_util, "gather", lambda value: [value, "another"])
+    with pytest.raises(UserError, match="latest.pth changed while it was read"):
+        generator.check_same_on_all_ranks("latest.pth", "one")
+
+
 def test_every_script_draws_a_flow_map_in_one_step(models, tmp_path):
     """Though it has learned on a grid of two."""
     flow = ["--checkpoint", models / "flow" / "latest.pth"]

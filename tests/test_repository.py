@@ -255,6 +255,11 @@ def test_benchmarks_start_and_explain_themselves(program):
     assert "usage:" in launch(f"benchmarks/{program}", "--help").stdout
 
 
+def test_a_benchmark_without_its_checkpoint_is_one_line(tmp_path):
+    done = launch("benchmarks/nearest.py", "--checkpoint", "nowhere.pth", "--dest", tmp_path / "x.png", expect=2)
+    assert done.stderr == "error: there is no checkpoint nowhere.pth\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_does_without_torch(tmp_path, script):
     """Importing it takes seconds."""

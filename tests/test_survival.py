@@ -547,3 +547,23 @@ def test_a_lost_machine_leaves_the_others_to_go_on(tmp_path):
     err = agents[0].communicate(timeout=200)[1]
     assert agents[0].returncode == 0 and "continuing on 1 rank of 4 what ran on 2 of 4" in err, err
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(10, 151, 10))
+
+
+# ------------------------------------------------------------------------------------- what is written to, and read from
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_stderr_that_cannot_be_written_stops_no_run(tmp_path):
+    """Of `| tee` when Ctrl-C took tee first, or of a log on a full disk."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "train.py", *TINY_NETWORK, "--train_steps", "2", "--workdir", tmp_path / "run"]
+        done = subprocess.run([str(part) for part in command], stderr=full, stdout=subprocess.DEVNULL)
+    assert done.returncode == 0 and (tmp_path / "run" / "DDPMpp-000002.pth").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_full_disk_behind_stdout_is_one_line(models, tmp_path):
+    command = [sys.executable, ROOT / "teaser.py", "--checkpoint", models / "flow" / "latest.pth", "--dest", tmp_path / "x"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([str(part) for part in command], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: No space left on device", done.stderr
