@@ -643,6 +643,8 @@ def load_data(run, plan, flags, device):
     fingerprint = dist_util.gather(dist_util.on_first_rank(lambda: workdir.check_data(images, plan)))[0]
     if run.conditional:
         config = workdir.condition(config, plan, len(images.class_names))
+    if config.network.label_dropout and not config.network.label_dim:
+        raise UserError("--label_dropout is for a model with classes: add --conditional, or leave it out")
     names, counts = dataset.check_classes(images, config.network.label_dim)
     theirs = teacher.config.data.class_names if teacher and config.network.label_dim else ()
     if theirs and names != theirs:

@@ -417,6 +417,7 @@ CASES = [
      "x.pth: none of its 1 tensors fits this network"),
     (nothing, "train.py --bsz 64 --sigma_data automatic", "sigma_data is 'automatic'"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --sigma_data auto", "--sigma_data auto is for stage 1"),
+    (nothing, "train.py --bsz 64 --label_dropout 0.1", "--label_dropout is for a model with classes: add --conditional"),
     (nothing, "train.py --bsz 64 --conditional --label_dim 3", "--label_dim is 3, and the data has 10 classes"),
     (copy("ode"), f"{FLOW} --teacher ode/latest.pth {OUT} --conditional", "has 10 classes, and ode/latest.pth has 0"),
     (copy("ode"), f"{RUN} --workdir ode --conditional --train_steps 9", "has 10 classes, and ode/DDPMpp-000004.pth has 0"),
