@@ -165,8 +165,7 @@ def test_bank_holds_the_teachers_solutions_and_is_refreshed():
 def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     """The bank's batches are read from the workdir, unless they are damaged, or were made from something else."""
     teacher, solved = tiny_teacher(), []
-    teacher.path = tmp_path / "teacher.pth"
-    teacher.path.write_bytes(b"a teacher")
+    teacher.sha256 = "a teacher's"
     real = sde.sample
     monkeypatch.setattr(sde, "sample", lambda *arguments: solved.append(1) or real(*arguments))
 
@@ -198,7 +197,7 @@ def test_a_run_that_continues_computes_no_solution_again(tmp_path, monkeypatch):
     for text in ("{", "[]", json.dumps({**record, "held": {"0": 5}}), json.dumps({**record, "held": {"0": []}})):
         (tmp_path / "bank-0.json").write_text(text)
         assert begun(3)[1] == 4
-    teacher.path.write_bytes(b"another teacher")
+    teacher.sha256 = "another's"
     assert begun(3)[1] == 4
 
 
