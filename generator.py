@@ -147,11 +147,11 @@ def load_model(path, flags=(), device="cpu", raw=False, guide=None):
     model = model.to(device)
     if config.speed.compile:
         network.compile_in_place(model.net)
-    unused = [name for name in OF_DENOISERS if name in flags and config.task.mode == "characteristic"]
-    if unused:
+    unused = [name for name in OF_DENOISERS if name in flags]
+    if unused and config.task.mode == "characteristic":
         misc.log(f"{path} is a flow map, which has no {' and no '.join(unused)}: the image does not change")
-    found = Trained(model, config, mean.to(device), content.get("step", 0), path, knows_mean, raw or content.get("raw") is True)
-    found = replace(found, sha256=misc.file_hash(file))
+    about = {"knows_mean": knows_mean, "raw": raw or content.get("raw") is True, "sha256": misc.file_hash(file)}
+    found = Trained(model, config, mean.to(device), content.get("step", 0), path, **about)
     return replace(found, guide=load_guide(found, guide, device)) if guide or config.sampling.guidance != 1 else found
 
 

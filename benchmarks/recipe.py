@@ -99,7 +99,8 @@ class Study:
         return seconds / 60 / torch.get_num_threads()
 
     def score(self, checkpoint, steps):
-        flags = {"num_steps": steps, "precision": "bf16", **({"ode_solver": "dpm"} if self.options.stage == "1" else {})}
+        flags = {"num_steps": steps, "precision": "bf16"}
+        flags |= {"ode_solver": "dpm"} if self.options.stage == "1" else {}
         trained = generator.load_model(checkpoint, flags, self.device)
         images = generator.Generated(trained, range(SEED, SEED + self.options.num))
         return fid.frechet_distance(self.reference, fid.measure(images, self.extract))
