@@ -39,12 +39,18 @@ SHARED += " --lr 2e-3 --lr_rampup_steps 50 --lr_decay cosine --ema_decay 0.99"
 STAGE_1 = f"{SHARED} --centered --sigma_data 0.6 --model_channels 16 --channel_mult 1 2 4 --num_blocks 2 --attn_resolutions"
 STAGE_2 = f"{SHARED} --teacher_solver dpm --num_steps 20 --bank_size 2048 --bank_refresh_freq 32 --dsm_weight 0.5"
 
-# name: (what it is, flags that come after the base's)
+CHANGED = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dist_util, sde, torch, train; {{}}; dist_util.launch(train.main)"
+)
+HUBER = "sde.DISTANCES['huber'] = lambda a, b: ((sde.l2(a, b) + {0}**2).sqrt() - {0}) * a[0].numel() ** 0.5"
+# name: (what it is, flags that come after the base's, and what is changed in the code, which has no flag for it)
 EITHER = {
     "base": ("the base", ""),
     "seed": ("the base, with another seed", "--seed 1"),
     "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
     "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
+    "ema-95": ("EMA 0.95, not 0.99", "--ema_decay 0.95"),
+    "ema-998": ("EMA 0.998", "--ema_decay 0.998"),
     "batch": ("half the batch, twice the steps", "--global_bsz 64 --bsz 64 --train_steps {twice}"),
 }
 RUNS = {
@@ -53,6 +59,12 @@ RUNS = {
         "range": ("pixels in [0, 1], sigma_data 1: the reference's", "--centered false --sigma_data 1"),
         "sigma-1": ("sigma_data 1", "--sigma_data 1"),
         "constant": ("learning rate stays", "--lr_decay none"),
+        "times": (
+            "times from a logistic normal distribution, not even",
+            "",
+            "train.training_times = lambda n, of, source: torch.randn(n, generator=source).sigmoid().clamp(min=of.train_eps0)",
+        ),
+        "unweighted": ("the loss has weight 1 at all times", "", "sde.loss_weight = lambda t, sigma: torch.ones_like(t)"),
         "attention": ("attention at 7x7", "--attn_resolutions 7"),
         "dropout": ("dropout 0.1", "--dropout 0.1"),
         "wide": ("32 channels, a third of the steps", "--model_channels 32 --train_steps {third}"),
@@ -61,6 +73,8 @@ RUNS = {
     2: {
         **EITHER,
         "l2": ("squared distance, not huber", "--loss_norm l2"),
+        "huber-3": ("a third of the huber distance's constant", "", HUBER.format(0.01)),
+        "huber-10": ("ten times the huber distance's constant", "", HUBER.format(0.3)),
         "deis": ("the teacher's solver is deis", "--teacher_solver deis"),
         "one-step-1": ("a tenth of the pairs from noise to data, not 0.4", "--one_step_share 0.1"),
         "one-step-7": ("0.7 of the pairs from noise to data", "--one_step_share 0.7"),
@@ -84,14 +98,15 @@ class Study:
         self.extract = fid.load_features("pixels", device)
         self.reference = fid.measure(data, self.extract)
 
-    def train(self, folder, flags, steps):
-        """Minutes that train.py took."""
+    def train(self, folder, flags, steps, change=None):
+        """Minutes that train.py took, with a line of Python to run first."""
         shutil.rmtree(folder, ignore_errors=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [*shlex.split(flags), "--data_path", self.options.data_path, "--workdir", str(folder)]
         command += [] if "--train_steps" in command else ["--train_steps", str(steps)]
-        print("\n$ python train.py " + " ".join(command), file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, ROOT / "train.py", *command], stdout=subprocess.DEVNULL)
+        command = [*(["-c", CHANGED.format(change)] if change else [str(ROOT / "train.py")]), *command]
+        print("\n$ python " + shlex.join(command), file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL)
         if done.returncode:
             sys.exit(done.returncode)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -121,17 +136,17 @@ class Study:
         mode = "--data_name mnist" if stage == 1 else f"--mode characteristic --teacher {shlex.quote(options.teacher)}"
         base, grid = (STAGE_1, (20,)) if stage == 1 else (STAGE_2, (1, 2, 5))
         print("| choice | minutes |" + "".join(f" {steps} |" for steps in grid) + "\n|---|---|" + "---|" * len(grid))
-        for name, (title, flags) in RUNS[stage].items():
+        for name, (title, flags, *change) in RUNS[stage].items():
             if options.runs and name not in options.runs:
                 continue
             folder, steps = self.folder / f"stage-{stage}" / name, options.train_steps
             flags = f"{mode} {base} {flags.format(third=steps // 3, half=steps // 2, twice=steps * 2)}"
 
             def work():
-                minutes = self.train(folder, flags, steps)
+                minutes = self.train(folder, flags, steps, *change)
                 return {"minutes": minutes, "scores": [self.score(folder / "latest.pth", n) for n in grid]}
 
-            found = self.once(folder, work, flags, steps)
+            found = self.once(folder, work, flags, steps, *change)
             scores = "".join(f" {value:.3f} |" for value in found["scores"])
             print(f"| {title} | {found['minutes']:.1f} |{scores}", flush=True)
 
