@@ -80,8 +80,8 @@ def _launched():
     if not {"RANK", "WORLD_SIZE"} & found.keys():
         return False
     with suppress(ValueError, KeyError):
-        place, world, *others = (int(found[name]) for name in VARIABLES if name != "MASTER_ADDR")
-        if 0 <= place < world and min(others) >= 0 and "MASTER_ADDR" in found:
+        place, world, local, port = (int(found[name]) for name in VARIABLES if name != "MASTER_ADDR")
+        if 0 <= place < world and local >= 0 and 0 <= port < 2**16 and "MASTER_ADDR" in found:
             return True
     here = " ".join(f"{name}={value}" for name, value in found.items())
     needed = f"ranks need {', '.join(VARIABLES)}, and a RANK from 0 to WORLD_SIZE - 1"

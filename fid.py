@@ -1,4 +1,4 @@
-"""Score images: Fréchet distance, KID, precision and recall between two sets of images.
+"""Score images: Frechet distance, KID, precision and recall between two sets of images.
 
   python fid.py --mode ref --data_name digits --dest stats/digits.npz              statistics of a data set
   python fid.py --mode gen --img_folder OUT --dest stats/out.npz                   of images: a folder, a zip, an npz

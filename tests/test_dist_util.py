@@ -33,6 +33,7 @@ COMPLETE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "1
         ({**COMPLETE, "WORLD_SIZE": ""}, "WORLD_SIZE="),
         ({**COMPLETE, "LOCAL_RANK": "x"}, "LOCAL_RANK"),
         ({**COMPLETE, "MASTER_PORT": "x"}, "MASTER_PORT"),
+        ({**COMPLETE, "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
     ],
     ids=str,
 )

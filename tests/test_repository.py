@@ -248,6 +248,7 @@ def test_help_explains_every_flag(script):
     flags = [f for f in settings if f.metadata["flag"] and not f.metadata["positional"]]
     assert all(f.metadata["help"] for f in settings) and all(f"--{f.name.rstrip('_')}" in text for f in flags)
     assert text.count("(default:") >= len(flags) - 3  # names hidden by the script's own
+    assert text.isascii()  # printing it under a locale that knows no more would end in a traceback
 
 
 @pytest.mark.parametrize("program", sorted(p.name for p in (ROOT / "benchmarks").glob("*.py") if p.name != "timing.py"))
