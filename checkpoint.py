@@ -297,8 +297,8 @@ def edm_config(options, path):
     """The Config of EDMPrecond's arguments; those left out have EDM's defaults.  Sampling as in its generate.py."""
     names = ("embedding_type", "channel_mult_noise", "resample_filter", "encoder_type")
     parts = [options.get(name, usual) for name, usual in zip(names, ("positional", 1, [1, 1], "standard"))]
-    kinds = {"ddpmpp": ["positional", 1, [1, 1], "standard"], "ncsnpp": ["fourier", 2, [1, 3, 3, 1], "residual"]}
-    architecture = next((name for name, kind in kinds.items() if kind == parts), None)
+    encoders, known = ("standard", "residual"), network.ARCHITECTURES.items()
+    architecture = next((name for name, kind in known if [*kind[:2], list(kind[2]), encoders[kind[3]]] == parts), None)
     if architecture is None or options.get("decoder_type", "standard") != "standard":
         found = ", ".join(f"{name} {value}" for name, value in zip(names, parts))
         raise UserError(f"{path} holds a network that is neither DDPM++ nor NCSN++: {found}")
@@ -314,8 +314,8 @@ def edm_config(options, path):
         w = [math.sqrt(1 + sigma**2) for sigma in (low, high)]
         sampling = {"ode_solver": "edm", "time_grid": "karras", "num_steps": 18, "rho": 7.0}
         sampling |= {"eval_eps0": low**2 / (w[0] * (1 + w[0])), "eval_eps1": 1 / w[1]}
-        network = {"data_name": "folder", "architecture": architecture, "time_input": "log_snr"}
-        return defaults.resolve({**network, **found, **sampling})
+        kind = {"data_name": "folder", "architecture": architecture, "time_input": "log_snr"}
+        return defaults.resolve({**kind, **found, **sampling})
     except (UserError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path} holds a network that does not fit: {error}") from error
 

@@ -109,7 +109,8 @@ def main():
             raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")
         models = {}
         for mode in ("denoiser", "characteristic"):
-            takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in generator.OF_DENOISERS}
+            of_its_ode = (*generator.OF_DENOISERS, "time_grid", "rho")  # a flow map's evaluations are on even times
+            takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in of_its_ode}
             models[mode] = generator.load_model(getattr(run, mode), takes, device)
             if models[mode].config.task.mode != mode:
                 raise UserError(f"--{mode} {getattr(run, mode)} is a checkpoint of mode {models[mode].config.task.mode}")

@@ -9,13 +9,14 @@ from dist_util import UserError
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import typing
 from dataclasses import dataclass, field, fields
 
 
 def setting(default, help, limits=(None, None), choices=None, between=None, path=None, flag=True, positional=False):
-    """A field that is a setting; its values are within `limits` (least and greatest), among `choices`, or truly `between` two.
+    """A field that is a setting; values are within `limits` (least, greatest), among `choices`, or `between` two others.
 
     `path` is for a file or folder, in which `~` is home: an ending such as ".npz" that is added where it is missing, or "".
     `flag` is False for what is recorded, and no flag.
@@ -408,8 +409,8 @@ def check(config):
     require("to_data_share", distil.one_step_share + distil.to_data_share <= 1, "at most 1 - one_step_share")
     flow_map = config.task.mode == "characteristic"
     if flow_map and distil.objective == "trajectory" and distil.dsm_weight:
-        dsm = round(distil.dsm_share * train.bsz)
-        split = 0 < dsm < train.bsz or distil.dsm_share == 0
+        dsm = distil.dsm_share * train.bsz  # of each part, one more or one less
+        split = round(dsm) > 0 and math.ceil(dsm) < train.bsz or dsm == 0
         require("dsm_share", split, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     for name in ("sde", "churn"):
         require(name, not (flow_map and values[name]), "left out, since the flow map has no SDE and no churn")

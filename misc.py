@@ -74,7 +74,7 @@ def remove_leftovers(folder, name=None):
 
 
 def check_writable(path, advice="name another file"):
-    """UserError if it is plain that a file `path` cannot be written: before the work that makes its content, not after."""
+    """UserError where a file `path` plainly cannot be written.  For use before the work that makes its content."""
     folder, path = str(path).endswith("/"), Path(path)
     place = path
     try:
@@ -243,16 +243,16 @@ def not_fatal(what):
         log(f"warning: cannot make {what}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-WEIGHTS = {  # flag: (file, where it is published, what needs it)
+WEIGHTS = {  # flag: (where it is published, what needs it)
     "inception_weights": (
-        *("pt_inception-2015-12-05-6726825d.pth", "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"),
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         "Inception features need",
     ),
     "lpips_weights": (
-        *("lpips_weights.pt", "https://github.com/photosynthesis-team/piq/releases/download/v0.4.0"),
+        "https://github.com/photosynthesis-team/piq/releases/download/v0.4.0/lpips_weights.pt",
         "--loss_norm lpips needs",
     ),
-    "vgg_weights": ("vgg16-397923af.pth", "https://download.pytorch.org/models", "--loss_norm lpips needs"),
+    "vgg_weights": ("https://download.pytorch.org/models/vgg16-397923af.pth", "--loss_norm lpips needs"),
 }
 
 
@@ -262,8 +262,9 @@ def weights_file(flag, path, download):
     A published name that ends in -XXXXXXXX.pth promises how the SHA-256 begins.  Where that is not kept, UserError for a file
     of this name, and a warning for one of another name.  UserError if there is no file.
     """
-    name, place, need = WEIGHTS[flag]
-    path, url = Path(path or Path("weights") / name), f"{place}/{name}"
+    url, need = WEIGHTS[flag]
+    name = url.split("/")[-1]
+    path = Path(path or Path("weights") / name)
     promised = "".join(re.findall(r"-([0-9a-f]{8})\.pth$", name))
 
     def find():

@@ -181,8 +181,9 @@ def deis_step(denoise, x, t, s):
 def heun_step(denoise, x, t, s):
     """Order 2: Heun's on the velocity where beta_t^2 and beta_s^2 differ by a factor of 4 at most, else deis_step.
 
-    Two calls, or one.  The corrector turns an error e of the denoiser at t into about e (beta_t^2 / beta_s^2) / 2: speckles,
-    where s is near data.  Up from there, the velocity at t carries e (beta_s^2 / beta_t^2) / 4 to s, and is no guide so far.
+    Two calls, or one.  An error e of the predicted state comes back as -e (t - s) alpha_s / (2 beta_s^2), a quarter to a half
+    of e beta_t^2 / beta_s^2: speckles, where s is near data.  Up from there, an error e of the denoiser at t is carried to s
+    as e (beta_s^2 / beta_t^2) / 4: the velocity near data cannot be trusted over so long a step.
     On a GPU each step waits for the device, to know whether any image is corrected.
     """
     d = denoise(x, t)

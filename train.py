@@ -30,7 +30,7 @@ import workdir
 
 # ----------------------------------------------------------------------------------------------------- objectives
 # A step's batch is split into parts, one for each round of each rank.  An objective is called with a part: images
-# (B, C, H, W), one-hot labels or None, a random generator on their device, and the place of its first image in the batch.  It
+# (B, C, H, W), one-hot labels or None, a random generator on their device, and the offset of its first image in the batch.  It
 # returns a scalar to differentiate and what to log, {name: scalar tensor}; the mean over all parts is the step's value.
 
 
@@ -42,10 +42,10 @@ def mean(values):
     return values.mean() if len(values) else values.sum()
 
 
-def training_times(n, train, source):
+def training_times(n, settings, source):
     """(n,) times, uniform on [train_eps0, 1]."""
     t = torch.rand(n, generator=source, device=source.device)
-    return train.train_eps0 + (1 - train.train_eps0) * t
+    return settings.train_eps0 + (1 - settings.train_eps0) * t
 
 
 class Objective:
@@ -72,7 +72,7 @@ class Objective:
 class Denoising(Objective):
     """Stage 1."""
 
-    def __call__(self, x0, label, source, place=0):
+    def __call__(self, x0, label, source, offset=0):
         t = training_times(len(x0), self.config.train, source)
         d = self.model(sde.interpolate(x0, normal(x0, source), t), t, label=label)
         loss = sde.denoising_loss(d, x0, t, self.config.network.sigma_data).mean()
@@ -110,18 +110,18 @@ class Distillation(Objective):
         grid |= {"guidance": distil.teacher_guidance, "time_grid": distil.grid_spacing}
         return generator.nfe(self.teacher.config.replace("sampling", **grid))
 
-    def combine(self, distance, denoising, place):
+    def combine(self, distance, denoising, offset):
         """The scalar to differentiate, from two scalars; `denoising` is None where there is no stage-1 loss."""
         distil = self.config.distil
         if denoising is None:
             return distance, {"loss": distance, "distance": distance}
         weight = torch.full_like(distance, distil.dsm_weight).detach()
         if distil.adaptive_weight:
-            weight = weight * self.balance(distance, denoising, place)
+            weight = weight * self.balance(distance, denoising, offset)
         loss = distance + weight * denoising
         return loss, {"loss": loss, "distance": distance, "denoising": denoising, "weight": weight}
 
-    def balance(self, distance, denoising, place):
+    def balance(self, distance, denoising, offset):
         """sde.adaptive_weight of the two losses, over all ranks and rounds of a step.
 
         With several rounds that of the step before, `ratio`; in the very first step that of the rounds so far.
@@ -130,11 +130,12 @@ class Distillation(Objective):
         gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (distance, denoising)]
         gradients = [dist_util.sum_over_ranks(gradient) for gradient in gradients]
         a_round = train.bsz * dist_util.world_size()
-        if place >= a_round:
+        if offset >= a_round:
             gradients = [total + gradient for total, gradient in zip(self.gradients, gradients)]
         self.gradients, before, now = gradients, self.ratio, sde.adaptive_weight(*gradients)
-        if place >= train.global_bsz - a_round:  # the last round; a step that is not finite is skipped and leaves no trace
-            self.ratio = now if before is None else torch.where(now.isfinite(), now, before)
+        if offset >= train.global_bsz - a_round:  # the last round; a step that is not finite is skipped and leaves no trace
+            finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+            self.ratio = now if before is None else torch.where(finite, now, before)
         return now if before is None or a_round == train.global_bsz else before
 
 
@@ -227,16 +228,18 @@ class Trajectory(Distillation):
             found[name] = dist_util.sum_over_ranks(total).item() / self.config.train.global_bsz
         return found
 
-    def __call__(self, x0, label, source, place=0):
-        train, distil, net = self.config.train, self.config.distil, self.config.network
-        share = self.dsm_share
-        n_dsm = round((place + len(x0)) * share) - round(place * share)  # such that all parts have the share together
-        n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
-        K = len(self.ts) - 1
+    def draw(self, n, source):
+        """(n,) indices k < l of times, and slots and places of solutions in the bank."""
+        ends = len(self.ts)
         pair = torch.multinomial(self.pairs, n, replacement=True, generator=source)
-        k, l = pair // (K + 1), pair % (K + 1)
-        which = torch.randint(self.slots * self.share, (n,), generator=source, device=k.device)
-        slot, which = which // self.share, which % self.share
+        which = torch.randint(self.slots * self.share, (n,), generator=source, device=pair.device)
+        return pair // ends, pair % ends, which // self.share, which % self.share
+
+    def __call__(self, x0, label, source, offset=0):
+        train, net, share = self.config.train, self.config.network, self.dsm_share
+        n_dsm = round((offset + len(x0)) * share) - round(offset * share)  # such that all parts have the share together
+        n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
+        k, l, slot, which = self.draw(n, source)
         states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
         t, z = training_times(n_dsm, train, source), normal(x0, source)
@@ -244,14 +247,24 @@ class Trajectory(Distillation):
         if label is not None:
             label = torch.cat([dataset.one_hot(self.labels[slot, which], net.label_dim), label[:n_dsm]])
         denoise = lambda x, t, s: self.model(x, t, s, label)
-        on_data = distil.loss_norm == "lpips"
         distances, dsm = sde.trajectory_losses(
-            *(denoise, states, k, l, self.ts, x0, z, t.to(self.ts.dtype), net.sigma_data, self.distance, on_data, target)
+            denoise,
+            states=states,
+            k=k,
+            l=l,
+            ts=self.ts,
+            x0=x0,
+            z=z,
+            t=t.to(self.ts.dtype),
+            sigma=net.sigma_data,
+            distance=self.distance,
+            on_data=self.config.distil.loss_norm == "lpips",
+            target=target,
         )
         # This part has n of the step's pairs and n_dsm of its images for stage 1.  Other parts may have one more or less, so
         # the means are weighted: in the mean over all parts, each pair and each image of the step counts the same.
         distance = mean(distances) * (n * parts / (train.global_bsz - all_dsm))
-        return self.combine(distance, mean(dsm) * (n_dsm * parts / all_dsm) if all_dsm else None, place)
+        return self.combine(distance, mean(dsm) * (n_dsm * parts / all_dsm) if all_dsm else None, offset)
 
 
 class Semigroup(Distillation):
@@ -266,9 +279,10 @@ class Semigroup(Distillation):
     def work(self, start, end, rounds):
         steps = float((self.lengths * torch.arange(1, 1 + len(self.lengths))).sum() / self.lengths.sum())  # in the mean
         teacher = steps * self.evaluations() / (len(self.ts) - 1)
-        return 2 * (end - start) * rounds, (end - start) * rounds * (teacher + 3)
+        others = 4  # of x_u: the student's and the average's; of x_t: the average's, and its gradient with respect to the input
+        return 2 * (end - start) * rounds, (end - start) * rounds * (teacher + others)
 
-    def __call__(self, x0, label, source, place=0):
+    def __call__(self, x0, label, source, offset=0):
         K, n = len(self.ts) - 1, len(x0)
         on_host = torch.Generator().manual_seed(misc.derive_seed(source.initial_seed(), "length"))
         steps = 1 + int(torch.multinomial(self.lengths, 1, generator=on_host))  # one number for the part, as in CTM
@@ -283,12 +297,19 @@ class Semigroup(Distillation):
             denoise,
             lambda x, t, s: self.ema(x, t, s, label),
             self.teacher_step(label),
-            *(x0, z, i, steps, k, self.ts, z_dsm, t.to(self.ts.dtype)),
-            self.config.network.sigma_data,
-            self.distance,
-            self.target(x0, z_dsm, t, label),
+            x0=x0,
+            z=z,
+            i=i,
+            n=steps,
+            k=k,
+            ts=self.ts,
+            z_dsm=z_dsm,
+            t=t.to(self.ts.dtype),
+            sigma=self.config.network.sigma_data,
+            distance=self.distance,
+            target=self.target(x0, z_dsm, t, label),
         )
-        return self.combine(distances.mean(), dsm.mean() if self.config.distil.dsm_weight else None, place)
+        return self.combine(distances.mean(), dsm.mean() if self.config.distil.dsm_weight else None, offset)
 
 
 OBJECTIVES = {"trajectory": Trajectory, "semigroup": Semigroup}  # of stage 2
@@ -559,8 +580,8 @@ class Training:
         seed_round(self.generator, train.seed, self.state.step, r)
         x0 = dataset.to_model(images.to(device, non_blocking=True), self.config.data.centered)
         x0 = dataset.flip(x0, self.generator) if self.config.data.flip else x0
-        place = (r * dist_util.world_size() + dist_util.rank()) * train.bsz
-        return x0, dataset.one_hot(labels.to(device, non_blocking=True), self.config.network.label_dim), self.generator, place
+        offset = (r * dist_util.world_size() + dist_util.rank()) * train.bsz
+        return x0, dataset.one_hot(labels.to(device, non_blocking=True), self.config.network.label_dim), self.generator, offset
 
     def after_round(self, last):
         """Whether the present step is given up, for a signal."""

@@ -65,29 +65,29 @@ def make_plan(run, flags, device):
         misc.log(f"{workdir} holds metrics but no checkpoint: the run begins anew there")
     named = load_named(run, workdir, held)
     saved = held or named
-    measures_sigma = flags.get("sigma_data") == "auto"
+    settings, measures_sigma = dict(flags), flags.get("sigma_data") == "auto"
     if measures_sigma:
         if run.teacher:
             raise UserError("--sigma_data auto is for stage 1: the flow map has its teacher's")
-        flags = {name: value for name, value in flags.items() if name != "sigma_data"}
+        del settings["sigma_data"]
         if saved:
             misc.log(f"--sigma_data stays {saved.config.network.sigma_data}, as the run began")
     mode = saved.config.task.mode if saved else flags.get("mode", "denoiser")
     if named and flags.get("mode", mode) != mode:
         raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 takes --teacher alone")
     if mode == "characteristic":
-        flags = {defaults.IN_STAGE_2.get(name, name): value for name, value in flags.items()}
-        if flags.get("label_dropout"):
+        settings = {defaults.IN_STAGE_2.get(name, name): value for name, value in settings.items()}
+        if settings.get("label_dropout"):
             raise UserError("--label_dropout is for stage 1: leave it out, since the flow map needs every label")
     if saved:
         again = f"choose another --workdir for a new run, or go on from here with --resume {saved.path} --workdir NEW"
         strict = {"sections": tuple(defaults.SECTIONS), "free": FREE, "advice": f"leave them out, {again}"} if held else {}
-        config = checkpoint.override(saved.config, flags, saved.path, **strict)
-    teacher, teacher_file = find_teacher(run, flags, mode, saved, device)
+        config = checkpoint.override(saved.config, settings, saved.path, **strict)
+    teacher, teacher_file = find_teacher(run, settings, mode, saved, device)
     init = find_init(run, saved)
     if not saved:
-        inherited = inherit(flags, teacher, init)
-        config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **flags})
+        inherited = inherit(settings, teacher, init)
+        config = defaults.resolve({"precision": network.fastest_precision(device), **inherited, **settings})
     if teacher and config.distil.teacher_guidance != 1:
         generator.check_guidance(teacher)
     if not teacher and config.sampling.guidance != 1:
@@ -124,7 +124,7 @@ def find_init(run, saved):
 
 
 def inherit(flags, teacher, init):
-    """{setting: value} that a new run takes from its teacher or else from --init, but for the classes and size of its data."""
+    """{setting: value} that a new run takes: all of its teacher's, or of --init those that do not depend on its data."""
     if teacher:  # the flow map begins where the teacher's sampling does
         found = {**vars(teacher.config.data), **vars(teacher.config.network), "label_dropout": 0.0}
         return found | dict.fromkeys(("train_eps1", "eval_eps1"), teacher.config.sampling.eval_eps1)
@@ -191,9 +191,9 @@ def load_last(workdir):
 
 
 def load_named(run, workdir, held):
-    """The Saved that --resume names; None without it, and where --workdir holds a run, `held`, which goes on instead.
+    """The Saved of --resume, from which a new run begins.  None without --resume, or where --workdir holds a run: `held`.
 
-    --resume may then name what that run began from, whatever became of it, or its own latest.pth; else UserError.
+    That goes on instead.  --resume may name what it began from, even if that is gone, or its own latest.pth; else UserError.
     """
     if not held:
         return checkpoint.load_run(run.resume) if run.resume else None

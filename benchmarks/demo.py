@@ -77,7 +77,7 @@ def main():
     one, twenty = scores["characteristic", 1], scores["denoiser", 20]
     print(f"\nOne evaluation of the flow map scores {one / twenty:.2f} times its teacher's twenty,")
     print(f"and its teacher's one evaluation scores {scores['denoiser', 1] / one:.0f} times the flow map's.")
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e9 / 1024 if sys.platform != "darwin" else 1e9)
     stages = ", ".join(f"stage {i} {seconds:.0f} s" for i, (_, seconds) in enumerate(spent[:2], 1))
     print(f"Took {time.perf_counter() - begun:.0f} s ({stages}); peak memory {memory:.2f} GB.")
     pictures = ("compare.png", "compare-fid.png", "characteristic/teaser-characteristic.png", "denoiser/trajectory.png")

@@ -134,7 +134,7 @@ def memory(options, folder):
         command = [sys.executable, "-c", code, sys.executable, "fid.py", "--mode", "gen", "--img_folder", str(folder)]
         command += arguments
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return int(done.stdout.splitlines()[-1]) / (2**20 if sys.platform != "darwin" else 2**30)
+        return int(done.stdout.splitlines()[-1]) / (1e9 / 1024 if sys.platform != "darwin" else 1e9)
 
     dest = str(folder.parent / "statistics.npz")
     few, many = (peak("--dest", dest, "--num", n) for n in ("6000", "60000"))

@@ -117,6 +117,10 @@ def test_compare_draws_both_models_and_their_curves(trained, tmp_path):
         "compare.py", *both, *shared, "--images", tmp_path / "images", "--rho", "3", "--dest", tmp_path / "c.png", expect=2
     )
     assert "with other rho" in done.stderr
+    run("compare.py", *both, *shared, "--end_seed", "9", "--time_grid", "cosine", "--rho", "2", "--dest", tmp_path / "d.png")
+    rows = csv.DictReader((tmp_path / "d-fid.csv").read_text().splitlines())
+    grids = {(row["mode"], row["time_grid"], row["rho"]) for row in rows}
+    assert grids == {("denoiser", "cosine", "2.0"), ("characteristic", "t", "1.0")}  # a flow map has no solver's grid
 
 
 # --------------------------------------------------------------------------------------------------------- seeds, steps

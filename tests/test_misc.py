@@ -86,7 +86,7 @@ def published(monkeypatch, tmp_path, content=b"weights", promise=None):
     name = f"w-{promise or hashlib.sha256(content).hexdigest()[:8]}.pth"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / name).write_bytes(content)
-    monkeypatch.setitem(misc.WEIGHTS, "inception_weights", (name, f"file://{tmp_path}/site", "scores need"))
+    monkeypatch.setitem(misc.WEIGHTS, "inception_weights", (f"file://{tmp_path}/site/{name}", "scores need"))
     monkeypatch.chdir(tmp_path)
     return name
 
@@ -113,7 +113,7 @@ def test_a_download_with_another_hash_leaves_nothing(monkeypatch, tmp_path):
 def test_a_download_that_breaks_off_leaves_nothing(monkeypatch, tmp_path):
     """Also where no hash is known: the place says 100 bytes are coming and sends 7."""
     name = published(monkeypatch, tmp_path)
-    unhashed = ("w.pt", f"file://{tmp_path}/site", "scores need")
+    unhashed = (f"file://{tmp_path}/site/w.pt", "scores need")
     monkeypatch.setitem(misc.WEIGHTS, "inception_weights", unhashed)
     (tmp_path / "site" / name).rename(tmp_path / "site" / "w.pt")
     real = misc.urllib.request.urlopen

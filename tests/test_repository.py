@@ -224,6 +224,12 @@ def test_what_contributing_adds_works(heading, models, tmp_path):
     assert job.wait() == [0], job.err()
     plain = json.loads((tmp_path / "run" / "config.json").read_text())
     assert any(section.get(flag[0].strip("-")) == flag[1] for section in plain.values())
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["distance" if "--teacher" in command else "loss"] > 0
+    job = Job(tmp_path / "without", *command, *flag, "--workdir", tmp_path / "new")  # the name is known by that alone
+    lines = job.wait() == [2] and job.err().splitlines()
+    assert lines and lines[-1].startswith("error: ") and all(word in lines[-1] for word in flag), job.err()
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_tests_that_contributing_names_are_there():
@@ -447,7 +453,7 @@ def test_a_flow_map_of_an_earlier_version_keeps_its_grid():
         assert defaults.from_dict(json.loads(json.dumps(defaults.to_dict(config)))) == config
 
 
-@pytest.mark.parametrize("flags", [{"bsz": 1}, {"bsz": 2, "dsm_share": 0.8}, {"dsm_share": 1.0}])
+@pytest.mark.parametrize("flags", [{"bsz": 1}, {"bsz": 2, "dsm_share": 0.8}, {"bsz": 4, "dsm_share": 0.8}, {"dsm_share": 1.0}])
 def test_each_loss_of_stage_2_needs_images(flags):
     with pytest.raises(UserError, match="--dsm_share"):
         defaults.resolve({"mode": "characteristic", **flags})
