@@ -50,7 +50,6 @@ EITHER = {
     "lr-1": ("learning rate 1e-3", "--lr 1e-3"),
     "lr-4": ("learning rate 4e-3", "--lr 4e-3"),
     "ema-95": ("EMA 0.95, not 0.99", "--ema_decay 0.95"),
-    "ema-998": ("EMA 0.998", "--ema_decay 0.998"),
     "batch": ("half the batch, twice the steps", "--global_bsz 64 --bsz 64 --train_steps {twice}"),
 }
 RUNS = {
