@@ -29,7 +29,7 @@ def title(trained):
 def draw_images(models, run):
     """The picture: rows are seeds, columns numbers of evaluations, a block for each model."""
     rows, columns = run.nsampling, len(run.num_steps)
-    figure, axes = misc.new_figure(2, 1.4 * columns + 1, 0.62 * rows + 0.7)
+    figure, axes = misc.new_figure(2, max(1.4 * columns, 3) + 1, 0.62 * rows + 0.7)
     for ax, trained in zip(axes, models.values()):
         blocks = [trained.sampled(num_steps=steps).images(range(rows)) for steps in run.num_steps]
         evaluations = [generator.nfe(trained.sampled(num_steps=steps).config) for steps in run.num_steps]
@@ -84,9 +84,13 @@ def draw_curves(rows, models, run):
         nfe, scores = zip(*((row["nfe"], float(row["FID"])) for row in rows if row["mode"] == mode))
         ax.plot(nfe, scores, "o-", label=title(trained))
     kind = "pixel FID" if rows[0]["features"] == "pixels" else "FID"
-    ax.set(xlabel="network evaluations", ylabel=f"{kind}, {rows[0]['n']} images", xscale="log", yscale="log")
-    ax.set_xticks(nfe, nfe)
-    ax.minorticks_off()
+    ax.set(xlabel="network evaluations", ylabel=f"{kind}, {rows[0]['n']} images")
+    ax.set_yscale("log", subs=[2, 5])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.set_xscale("log", subs=[])
+    ticks = sorted({row["nfe"] for row in rows})
+    ax.set_xticks(ticks, ticks)
     ax.legend()
     misc.write_figure(picture, figure)
 

@@ -147,8 +147,8 @@ class Sampling:
     eval_eps1: float = setting(1e-3, "sampling starts at t = 1 - this", between=TIME)
     guidance: float = setting(
         1.0,
-        "push images away from what the denoiser says without a class, or from --guide: 1 not at all; needs --label_dropout "
-        "in stage 1; train.py distils it into the flow map",
+        "push images away from what the denoiser says without a class, or from a weaker denoiser where there is --guide: 1 "
+        "not at all; needs --label_dropout in stage 1; train.py distils it into the flow map",
         (0, 100),
     )
     sde: bool = setting(False, "sample the reverse SDE instead of the ODE (denoiser)")
@@ -236,14 +236,19 @@ TRAIN_COLUMNS = (
 # For --data_name folder, networks and runs for one GPU or a patient laptop: the first row that --image_size is not above, or
 # the presets' of 64.
 FOLDER_PRESETS = {
-    # image_size: width  mult       blocks  attention  dropout  steps of stages 1, 2   global_bsz  bsz  lr    bank_size
-    8:           (32,    (1, 2),    1,      (4,),      0.0,     (600, 500),            128,        128, 4e-3, 2048),
-    16:          (32,    (1, 2),    2,      (8,),      0.0,     (4000, 2000),          128,        128, 2e-3, 4096),
-    32:          (32,    (1, 2, 4), 2,      (),        0.0,     (20000, 5000),         128,        64,  2e-3, 4096),
+    # image_size: width  mult       blocks  attention  dropout  global_bsz  bsz  lr    bank_size
+    8:           (32,    (1, 2),    1,      (4,),      0.0,     128,        128, 4e-3, 2048,
+    # of stages 1 and 2: steps          warm-up     samples       dump
+                         (600, 500),    (100, 50),  (300, 250),   (600, 500)),
+    16:          (32,    (1, 2),    2,      (8,),      0.0,     128,        128, 2e-3, 4096,
+                         (4000, 2000),  (500, 200), (1000, 500),  (1000, 500)),
+    32:          (32,    (1, 2, 4), 2,      (),        0.0,     128,        64,  2e-3, 4096,
+                         (20000, 5000), (500, 200), (2000, 1000), (2000, 1000)),
 }  # fmt: skip
+OF_STAGES = ("train_steps", "lr_rampup_steps", "sampling_freq", "dump_freq")
 FOLDER_COLUMNS = (
-    "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "train_steps", "global_bsz", "bsz", "lr",
-    "bank_size",
+    "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "global_bsz", "bsz", "lr", "bank_size",
+    *OF_STAGES,
 )  # fmt: skip
 
 # What is best on the digits and on MNIST (docs/mnist.md, docs/speed.md), where no recipe of the reference's is to be kept.
@@ -267,7 +272,7 @@ def preset(data_name, mode, image_size=64):
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
         **OTHER_PRESETS.get(data_name, {}),
         **({"num_steps": 1, "time_grid": "t"} if mode == "characteristic" else {}),  # how a flow map samples
-        **{name: value[MODES.index(mode)] if name == "train_steps" else value for name, value in by_size.items()},
+        **{name: value[MODES.index(mode)] if name in OF_STAGES else value for name, value in by_size.items()},
     }
 
 
@@ -634,8 +639,10 @@ def parse(script, argv=None, description=""):
         for f in fields(section):
             if f.metadata["flag"] and (section is own or f.name not in {mine.name for mine in fields(own)}):
                 default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-                default = {None: "none", "": "none"}.get(default, "by preset" if f.name in by_preset else default)
-                _add(group, f, default if section is own else source or default, bare=not sections)
+                default = {None: "none", "": "none"}.get(default, default)
+                if section is not own and title != "speed":
+                    default = source or ("by preset" if f.name in by_preset else default)
+                _add(group, f, default, bare=not sections)
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     mine = {f.name: flags.pop(f.name) for f in fields(own) if f.name in flags}
     return own(**mine), flags

@@ -530,6 +530,8 @@ def report(run, metrics, reference, images, device):
         return
     values = score(reference, images, metrics, device)
     print("\n".join(show(value) if len(values) == 1 else f"{name} {show(value)}" for name, value in values.items()), flush=True)
+    if "n" in images.metadata:
+        misc.log(f"of {images.metadata['n']:,} images: compare it with scores of as many alone, as fewer score worse")
     if run.csv:
         append_row(run.csv, table_row(values, images.metadata, run.ref_path, run.force))
     if "kid" in values:  # four decimals are few for it

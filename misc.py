@@ -246,7 +246,7 @@ def not_fatal(what):
 WEIGHTS = {  # flag: (where it is published, what needs it)
     "inception_weights": (
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "Inception features need",
+        "Inception features (others: --features pixels) need",
     ),
     "lpips_weights": (
         "https://github.com/photosynthesis-team/piq/releases/download/v0.4.0/lpips_weights.pt",

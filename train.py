@@ -461,7 +461,8 @@ class Training:
             score = Score(run, config, self.images.shape, device)
             self.scores.append((config.train.fid_freq, score.name, score))
         distance = make_distance(run, config, device) if plan.teacher else None
-        for name, section in defaults.to_dict(config).items():
+        sections = {name: section for name, section in defaults.to_dict(config).items() if plan.teacher or name != "distil"}
+        for name, section in sections.items():
             shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start
@@ -703,7 +704,9 @@ def make_state(plan, config, images, fingerprint, mean):
     state = checkpoint.TrainingState(model, config, mean, len(images), fingerprint, plan.origin, plan.teacher_file, began)
     if plan.saved:
         state.restore(plan.saved)
-        misc.log(f"continuing {plan.saved.path} at step {plan.start} of {config.train.train_steps}")
+        left = config.train.train_steps - plan.start
+        does = f"continuing {plan.saved.path}" if left else f"nothing is left to do, {plan.saved.path} is"
+        misc.log(f"{does} at step {plan.start} of {config.train.train_steps}")
     if config.speed.compile:  # in place, after the average was copied from it
         for net in (model.net, *([teacher.model.net] if teacher else [])):
             network.compile_in_place(net)

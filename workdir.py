@@ -269,8 +269,8 @@ def fit_to_ranks(plan, flags):
     elif train.global_bsz % (train.bsz * world):
         must = f"it must be a multiple of --bsz times the ranks, {train.bsz} x {world}"
         raise UserError(f"--global_bsz is {train.global_bsz}: {must}{'' if rest else f'; try --bsz {share}'}")
-    if train.lr_rampup_steps > train.train_steps:
-        misc.log(f"the warm-up of {train.lr_rampup_steps} steps is longer than the run of {train.train_steps}")
+    if train.lr_rampup_steps > train.train_steps / 2:
+        misc.log(f"the warm-up of {train.lr_rampup_steps} steps is long for a run of {train.train_steps} (--lr_rampup_steps)")
     if saved and train.lr_decay == "cosine" and saved.config.train.train_steps != train.train_steps:
         misc.log(f"the cosine of the learning rate now ends at step {train.train_steps}: it is another from here on")
     if saved and (saved.ranks, saved.bsz) != (world, config.train.bsz):

@@ -600,3 +600,5 @@ def test_folder_has_presets_for_every_size_that_can_be_overridden(size, mode):
     assert config.data.image_size == size and config.network.num_blocks == 3
     smaller = defaults.resolve({"data_name": "folder", "image_size": 8, "mode": mode})
     assert config.train.train_steps >= smaller.train.train_steps
+    for train in (config.train, smaller.train):
+        assert train.lr_rampup_steps <= train.train_steps / 5 and train.sampling_freq <= train.dump_freq <= train.train_steps

@@ -325,6 +325,7 @@ def test_the_documented_scores_are_the_measured_rows():
         ("docs/mnist.md", "our denoiser, `deis`, even steps", {"dataset": "mnist", "solver": "deis", "time_grid": "t"}),
         ("docs/mnist.md", "our flow map", {"dataset": "mnist", "solver": "flow map", "start_seed": "0"}),
         ("README.md", "MNIST, our denoiser's ODE (deis)", {"dataset": "mnist", "solver": "deis", "time_grid": "t"}),
+        ("README.md", "MNIST, our denoiser's ODE (dpm)", {"dataset": "mnist", "solver": "dpm", "time_grid": "t"}),
         ("README.md", "MNIST, our flow map", {"dataset": "mnist", "solver": "flow map", "start_seed": "0"}),
     ):
         measured = {row["nfe"]: float(row["FID"]) for row in rows if these.items() <= row.items()}

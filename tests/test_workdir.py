@@ -312,13 +312,13 @@ def test_a_folder_without_metrics_has_no_curves(tmp_path, drawn):
 
 
 def test_what_may_be_a_slip_is_said_in_one_line_each(tmp_path):
-    """A warm-up longer than the run, small pictures that are enlarged, grey ones learned in colour."""
+    """A warm-up longer than half of the run, small pictures that are enlarged, grey ones learned in colour."""
     write_folder(tmp_path / "data", images(20, (1, 6, 6)))
     options = ["--data_name", "folder", "--data_path", tmp_path / "data", "--image_size", "8", *TINY_NETWORK, *TINY_RUN]
     job = Job(tmp_path / "log", "train.py", *options, "--lr_rampup_steps", "9", "--workdir", tmp_path / "run")
     assert job.wait() == [0], job.err()
     for line in (
-        "the warm-up of 9 steps is longer than the run of 3",
+        "the warm-up of 9 steps is long for a run of 3 (--lr_rampup_steps)",
         "images of 6x6 pixels are enlarged to 8",
         "images are grey",
     ):
