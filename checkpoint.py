@@ -321,9 +321,10 @@ def edm_config(options, path):
 
 
 def find_weights(content, path):
-    """A checkpoint's content with `ema`, from what others save: `model` or `state_dict` alone, or nothing but the weights."""
+    """A checkpoint's content with `ema`, from what others save: averaged weights by other names, `model` or
+    `state_dict` alone, or nothing but the weights."""
     if isinstance(content, dict):
-        for name in ("ema", "state_dict", "model"):
+        for name in ("ema", "model_ema", "ema_model", "state_dict_ema", "params_ema", "state_dict", "model"):
             if isinstance(content.get(name), dict):
                 return {**content, "ema": content[name]}
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):

@@ -110,10 +110,11 @@ class ImageFiles:
     """Images of a flat folder, of class folders (nested or not) or of a zip of either, in the order of their names.
 
     The class is the first folder level, or what EDM's dataset.json says.  With `size` and `channels`, for training, images are
-    turned upright, cropped to their central square, resized (Lanczos) and converted.  Without, for scores, they must be alike.
+    turned upright, cropped to their central square, resized (Lanczos) and converted.  Without, for scores, they must be alike,
+    and dataset.json is read for its `labels` alone.
     """
 
-    def __init__(self, path, size=None, channels=None):
+    def __init__(self, path, size=None, channels=None, labels=True):
         self.path, self.size, self.channels, self.archive = Path(path), size, channels, None
         try:
             if self.path.is_dir():
@@ -138,7 +139,7 @@ class ImageFiles:
         if others:
             held = f"{self.path} holds {len(self)} images and {len(others)} other files"
             misc.log(f"warning: {held}, such as {others[0]}: passed over")
-        self.labelled_by = ["dataset.json"] if "dataset.json" in files and size is not None else []  # scores need no labels
+        self.labelled_by = ["dataset.json"] if labels and "dataset.json" in files else []
         if self.labelled_by:
             return self._take_labels()
         places = [n.split("/")[0] if "/" in n else "" for n in self.names]
@@ -342,6 +343,9 @@ def _fail(name, folder, files, other=()):
     raise UserError(f"{name} is not in {folder.absolute()}{there}: {advice}")
 
 
+SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
 def load_folder(data, download):
     """The images of --data_path; of train/ or test/ in it, by --split, where it holds these two folders.
 
@@ -359,8 +363,10 @@ def load_folder(data, download):
     if data.split == "test" and not split:
         raise UserError(f"--split test: {path.absolute()} must hold the folders train/ and test/")
     found = _files(path / data.split if split else path, data, "the images")
-    if not split and {"train", "test"} <= set(found.class_names):
-        raise UserError(f"{path.absolute()} holds train/ and test/: unpack it, and name the folder")
+    parts = sorted(name for name in found.class_names if name.lower() in SPLITS)
+    if not split and len(parts) > 1:
+        held = f"{path.absolute()} holds {' and '.join(parts)}, parts of a data set"
+        raise UserError(f"{held}: call them train/ and test/ in a folder, or name one of them with --data_path")
     return found
 
 
@@ -394,7 +400,7 @@ def check_classes(images, label_dim):
     shown = [f"{name or '(no folder)'} {count}" for name, count in zip(names, counts)]
     shown = ", ".join(shown if len(shown) <= 12 else [*shown[:11], f"and {len(shown) - 11} more"])
     if label_dim:
-        splits = {name.lower() for name in names} <= {"train", "test", "val", "valid", "validation"}
+        splits = {name.lower() for name in names} <= SPLITS
         why = f"the data has {len(names)} class{'es' * (len(names) != 1)}"
         why = "there are pictures beside the class folders" if "" in names and len(names) > 1 else why
         why = "some classes have no images" if 0 in counts else why
@@ -493,7 +499,8 @@ def resident(images, device):
     size, cpu = len(images) * math.prod(images.shape), torch.device("cpu")
     if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 4:
         return Resident(images, device)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist_util.world_size()))
+    world = dist_util.world_size()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world) if world > 1 else 1  # of this machine
     return Resident(images, cpu) if isinstance(images, ImageFiles) and size <= misc.memory() // 4 // ranks else images
 
 
@@ -534,12 +541,12 @@ def check_record(made_by):
         raise ValueError("no configuration")
 
 
-def open_images(path):
+def open_images(path, labels=False):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     path, made_by = Path(path), {}
     if os.path.exists(path / "images.npz"):  # of eval.py --format npz; False where one may not look
         path /= "images.npz"
-    images = load_array(path) if path.suffix == ".npz" else ImageFiles(path)
+    images = load_array(path) if path.suffix == ".npz" else ImageFiles(path, labels=labels)
     record = path.with_name("eval.json") if path.name == "images.npz" else path / "eval.json"
     if record.is_file():
         try:

@@ -9,7 +9,6 @@ from dist_util import UserError
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import typing
 from dataclasses import dataclass, field, fields
@@ -396,7 +395,7 @@ def check(config):
 
     for name in ("ode_solver", "teacher_solver"):
         choose(name, values[name], sde.SOLVERS)
-    data, net, train, distil, sampling = config.data, config.network, config.train, config.distil, config.sampling
+    data, net, distil, sampling = config.data, config.network, config.distil, config.sampling
     size, channels = DATA_PRESETS[data.data_name][:2]
     require("image_size", data.data_name in ("afhq", "folder") or data.image_size == size, f"{size} for {data.data_name}")
     require("image_channels", data.data_name == "folder" or data.image_channels == channels, f"{channels} for {data.data_name}")
@@ -413,10 +412,6 @@ def check(config):
         require(low, values[low] < 1 - values[high], f"below 1 - {high}, which is {1 - values[high]}")
     require("to_data_share", distil.one_step_share + distil.to_data_share <= 1, "at most 1 - one_step_share")
     flow_map = config.task.mode == "characteristic"
-    if flow_map and distil.objective == "trajectory" and distil.dsm_weight:
-        dsm = distil.dsm_share * train.bsz  # of each part, one more or one less
-        split = round(dsm) > 0 and math.ceil(dsm) < train.bsz or dsm == 0
-        require("dsm_share", split, f"0, or such that both losses get images of a --bsz of {train.bsz}")
     for name in ("sde", "churn"):
         require(name, not (flow_map and values[name]), "left out, since the flow map has no SDE and no churn")
     require("guidance", not flow_map or sampling.guidance == 1, "left out: a flow map has that of its training")

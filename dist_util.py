@@ -6,7 +6,11 @@ import sys
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANDLED = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+while (_spare := os.open(os.devnull, os.O_RDWR)) < 3:  # where 0 to 2 are closed, a checkpoint would be opened as stderr
+    pass
+os.close(_spare)
 
 
 class UserError(Exception):
@@ -28,7 +32,7 @@ if _script.parent == Path(__file__).resolve().parent and _script.stem in (
     "compare",
     "checkpoint",
 ):
-    for _number in SIGNALS:  # its imports take seconds, in which Ctrl-C would be a traceback; launch() has better answers
+    for _number in HANDLED:  # its imports take seconds, in which Ctrl-C would be a traceback; launch() has better answers
         signal.signal(_number, _leave)
     if {"-h", "--help"} & set(sys.argv[1:]):  # which is to be there at once, so before torch
         import defaults
@@ -155,13 +159,13 @@ def _meeting_place():
 
 
 class StopSignals:
-    """Context in which SIGTERM and SIGINT are noted, and ranks tell each other with check() or poll(), to leave together."""
+    """Context in which SIGNALS are noted, and ranks tell each other with check() or poll(), to leave together."""
 
     def __init__(self):
         self.received = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self.note) for number in HANDLED}
         return self
 
     def __exit__(self, kind, error, where):
@@ -185,7 +189,7 @@ class StopSignals:
         return next((kind for kind, count in zip(SIGNALS, votes) if count), None), total
 
     def check(self):
-        """The signal that asks the run to stop, or None.  All ranks call this together; it costs one message of 24 bytes."""
+        """The signal that asks the run to stop, or None.  All ranks call this together; it costs one message of 32 bytes."""
         return self._exchange(0)[0]
 
     def poll(self, busy=True):
@@ -225,13 +229,13 @@ class Unfailing:
 
 
 def launch(main):
-    """Run a script's main() and leave.  One line and an exit status for a UserError: 2, SIGTERM: 143, SIGINT: 130."""
+    """Run a script's main() and leave.  One line and an exit status for a UserError: 2, and for a signal: 128 + its number."""
     with redirect_stderr(Unfailing(sys.stderr)):
         _launch(main)
 
 
 def _launch(main):
-    for number in SIGNALS:
+    for number in HANDLED:
         signal.signal(number, _stop)
     with suppress(AttributeError):  # a notebook's stdout cannot, a closed one is None
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be text
@@ -245,7 +249,7 @@ def _launch(main):
         traceback.print_exc()
         status = 1
     finally:
-        for number in SIGNALS:  # it is leaving, and would do so with a traceback or another status
+        for number in HANDLED:  # it is leaving, and would do so with a traceback or another status
             signal.signal(number, signal.SIG_IGN)
     if "IPython" in sys.modules:  # %run in a notebook, which goes on
         sys.exit(status)

@@ -64,7 +64,7 @@ def open_images(folder, trained):
     Where the model's data were cropped and resized, they are too.  Classes are the class folders: by their names where the
     checkpoint knows those of its data, else in their order.
     """
-    images, _ = dataset.open_images(folder)
+    images, _ = dataset.open_images(folder, labels=True)
     if isinstance(images, dataset.ImageFiles) and trained.config.data.data_name in ("folder", "afhq"):
         images.channels, images.size = trained.mean.shape[:2]  # cropped and resized, as the model's data were
     names, label_dim = images.class_names, trained.config.network.label_dim

@@ -489,9 +489,12 @@ def check(run, flags):
         refuse(drawing, "is for images drawn with --checkpoint: leave it out")
     if not run.checkpoint and run.mode != "ref":
         refuse(reading, "is for --mode ref: images are scored as they are; leave it out")
+    if run.mode == "ref":
+        refuse(("flip",), "is for training: the reference is the images as they are; leave it out")
     if run.stat_path:
         refuse(("num", "features"), "is for images: --stat_path is what --mode gen made of them already")
-    if run.dest and run.img_folder and Path(run.dest).resolve() == Path(run.img_folder).resolve():
+    theirs = (run.img_folder, os.path.join(run.img_folder, "images.npz")) if run.dest and run.img_folder else ()
+    if any(Path(run.dest).resolve() == Path(path).resolve() for path in theirs):
         raise UserError(f"--dest {run.dest} is the file of the images: name another")
     if run.num is None:
         refuse(("seed",), "is that of the subset of --num images: add --num, or leave it out")

@@ -405,6 +405,7 @@ def read_latents(path):
             metadata = json.loads(str(archive["metadata"]))
         dataset.check_record(metadata)
         metadata["config"]["sampling"]["eval_eps1"] + 0.0
+        "".join(metadata["config"].get("data", {}).get("class_names", ()))
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape != latents.shape:
             raise ValueError("images of another kind")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != latents.shape[:1]):

@@ -68,9 +68,21 @@ def remove_leftovers(folder, name=None):
     """Remove what atomic() left in a folder, of all its files or of one, when its process was killed."""
     which = ".*" if name is None else re.escape(name)
     for path in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(rf"\.{which}\.\d+\.tmp", path.name):
+        found = re.fullmatch(rf"\.{which}\.(\d+)\.tmp", path.name)
+        if found and not is_alive(int(found[1])):
             with suppress(OSError):
                 path.unlink()
+
+
+def is_alive(number):
+    """Whether there is a process of this number on this machine, other than this one."""
+    try:
+        os.kill(number, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return number != os.getpid()
 
 
 def check_writable(path, advice="name another file"):
@@ -109,6 +121,11 @@ def file_hash(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def tensor_hash(x):
+    """SHA-256 of a tensor's values, in hex."""
+    return hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest()
 
 
 def memory():

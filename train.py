@@ -162,7 +162,7 @@ class Trajectory(Distillation):
         about |= {name: getattr(self.config.train, name) for name in ("seed", "global_bsz", "bsz", "train_eps0", "train_eps1")}
         names = ("teacher_solver", "teacher_guidance", "grid_steps", "grid_rho", "grid_spacing", "bank_dtype")
         about |= {name: getattr(distil, name) for name in names}
-        about |= {"teacher": self.teacher.sha256} if folder else {}
+        about |= {"teacher": self.teacher.sha256, "mean": misc.tensor_hash(self.teacher.mean)} if folder else {}
         form = (self.slots + 1, shape, getattr(torch, distil.bank_dtype), self.ts.device)
         self.bank = dist_util.agree(lambda: workdir.Bank(folder, about, *form))
         self.first = self.replaced(step)
@@ -237,7 +237,7 @@ class Trajectory(Distillation):
 
     def __call__(self, x0, label, source, offset=0):
         train, net, share = self.config.train, self.config.network, self.dsm_share
-        n_dsm = round((offset + len(x0)) * share) - round(offset * share)  # such that all parts have the share together
+        n_dsm = workdir.stage_1_images(share, offset, len(x0))
         n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
         k, l, slot, which = self.draw(n, source)
         states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
@@ -415,13 +415,14 @@ class Score:
         if not run.ref_path:
             raise UserError("--ref_path is missing: --fid_freq scores against the statistics of fid.py --mode ref")
         self.reference, self.count = dist_util.agree(lambda: fid.read_statistics(run.ref_path)), config.train.fid_num
+        self.sha256 = dist_util.on_first_rank(lambda: misc.file_hash(fid.find(run.ref_path)))
         self.extract = fid.extractor(self.reference, shape, self.count, device, run)
         self.name = "pixel_fid" if self.extract.metadata["features"] == "pixels" else "fid"
 
     def __call__(self, trained, poll):
         images = fid.measure(generator.Generated(trained, range(self.count), poll), self.extract)
         distance = dist_util.on_first_rank(lambda: fid.frechet_distance(self.reference, images))
-        return {self.name: distance, "images_scored": self.count}
+        return {self.name: distance, "images_scored": self.count, "reference": self.sha256}
 
 
 def draw_samples(folder, trained, step):

@@ -77,6 +77,8 @@ def make_plan(run, flags, device):
         raise UserError(f"--mode is {flags['mode']}, but --resume {run.resume} is a {mode}; stage 2 takes --teacher alone")
     if mode == "characteristic":
         settings = {defaults.IN_STAGE_2.get(name, name): value for name, value in settings.items()}
+        if "ode_solver" in settings:
+            misc.log("a flow map has no --ode_solver, it changes nothing: --teacher_solver is that of the teacher's ODE")
         if settings.get("label_dropout"):
             raise UserError("--label_dropout is for stage 1: leave it out, since the flow map needs every label")
     if saved:
@@ -269,6 +271,8 @@ def fit_to_ranks(plan, flags):
     elif train.global_bsz % (train.bsz * world):
         must = f"it must be a multiple of --bsz times the ranks, {train.bsz} x {world}"
         raise UserError(f"--global_bsz is {train.global_bsz}: {must}{'' if rest else f'; try --bsz {share}'}")
+    if plan.teacher:
+        check_parts(config)
     if train.lr_rampup_steps > train.train_steps / 2:
         misc.log(f"the warm-up of {train.lr_rampup_steps} steps is long for a run of {train.train_steps} (--lr_rampup_steps)")
     if saved and train.lr_decay == "cosine" and saved.config.train.train_steps != train.train_steps:
@@ -277,6 +281,21 @@ def fit_to_ranks(plan, flags):
         ranks = f"{world} rank{'s' * (world > 1)} of {config.train.bsz} what ran on {saved.ranks} of {saved.bsz}"
         misc.log(f"continuing on {ranks}: the same images, but other draws of noise, dropout and bank, and so other weights")
     return config
+
+
+def stage_1_images(share, offset, n):
+    """How many of the n images of a part, from `offset` of the batch on, are for the stage-1 loss: a `share` of the batch."""
+    return round((offset + n) * share) - round(offset * share)
+
+
+def check_parts(config):
+    """UserError unless --dsm_share leaves pairs to each part of a batch, and a batch has images for the stage-1 loss."""
+    train, distil = config.train, config.distil
+    share = distil.dsm_share if distil.objective == "trajectory" and distil.dsm_weight else 0
+    parts = [stage_1_images(share, offset, train.bsz) for offset in range(0, train.global_bsz, train.bsz)]
+    if share and (max(parts) == train.bsz or not sum(parts)):
+        must = f"0, or such that both losses get images of a --bsz of {train.bsz} and a --global_bsz of {train.global_bsz}"
+        raise UserError(f"--dsm_share is {share}: it must be {must}")
 
 
 def lock(workdir):

@@ -96,6 +96,7 @@ class Study:
         data = dataset.load(defaults.resolve({"data_name": "mnist", "data_path": options.data_path}).data)
         self.extract = fid.load_features("pixels", device)
         self.reference = fid.measure(data, self.extract)
+        self.made_of = [misc.tensor_hash(data.images), *([misc.file_hash(options.teacher)] if options.teacher else [])]
 
     def train(self, folder, flags, steps, change=None):
         """Minutes that train.py took, with a line of Python to run first."""
@@ -121,7 +122,7 @@ class Study:
 
     def once(self, folder, work, *asked):
         """What work() returns, kept in a file of the folder, so that it is done once; an error if it is of something else."""
-        path, asked = folder / "result.json", [self.options.num, *asked]
+        path, asked = folder / "result.json", [self.options.num, *asked, *self.made_of]
         if not path.exists():
             misc.write_json(path, {"asked": asked, "found": work()})
         kept = json.loads(path.read_text())
@@ -192,6 +193,8 @@ def main():
     known = {} if options.stage == "curve" else RUNS[int(options.stage)]
     if options.runs and not known.keys() >= set(options.runs):
         parser.error(f"--runs of stage {options.stage} are {', '.join(known) or 'none'}")
+    if options.num < 2:
+        parser.error("--num is at least 2: a covariance needs two images")
     if options.stage != "1" and not options.teacher:
         parser.error("stage 2 needs a denoiser: add --teacher")
     with dist_util.session() as device:

@@ -144,12 +144,14 @@ def tiny_weights(mode="denoiser"):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
-@pytest.mark.parametrize("place", [None, "ema", "model", "state_dict"])
+@pytest.mark.parametrize("place", [None, "ema", "model", "state_dict", "model_ema"])
 def test_weights_of_others_load_under_any_wrapper_and_name(tmp_path, prefix, place):
     """DataParallel and torch.compile put names before every name; some save nothing but the weights."""
     own = tiny_weights()
     state = {f"{prefix}{name}": value for name, value in own.items()}
-    torch.save(state if place is None else {place: state, "epoch": 3, "args": {"lr": 1e-3}}, tmp_path / "x.pth")
+    others = {"model": {name: value + 1 for name, value in state.items()}} if place == "model_ema" else {}
+    content = {**others, place: state, "epoch": 3, "args": {"lr": 1e-3}}
+    torch.save(state if place is None else content, tmp_path / "x.pth")
     loaded = generator.load_model(tmp_path / "x.pth", TINY)
     assert all(torch.equal(value, own[name]) for name, value in loaded.model.net.state_dict().items())
     assert not loaded.is_flow_map and not loaded.knows_mean

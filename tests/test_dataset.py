@@ -143,6 +143,8 @@ def test_labels_of_dataset_json_are_the_classes(tmp_path, packed):
     found = dataset.ImageFiles(path, 4, 1)
     assert found.names == EDM_NAMES and found.labels.tolist() == [1, 0, 2, 1]
     assert dataset.check_classes(found, 3) == (("0", "1", "2"), (1, 2, 1))
+    read = [dataset.open_images(path, labels=labels)[0].labels.tolist() for labels in (True, False)]
+    assert read == [[1, 0, 2, 1], [0, 0, 0, 0]]  # to encode them, and to score them
 
 
 def test_dataset_json_without_labels_is_one_class(tmp_path):
@@ -464,6 +466,9 @@ def test_images_of_files_are_decoded_once_where_memory_holds_them(tmp_path, monk
     assert sorted(set(read)) == list(range(10)) and len(read) <= 10 + 8 * num_workers  # readers ahead may meet the same image
     assert all(torch.equal(a, b) for one, two in zip(expected, found) for a, b in zip(one, two))
 
+    for mistake in ("", "0"):  # of an environment without ranks
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", mistake)
+        assert isinstance(dataset.resident(files, torch.device("cpu")), dataset.Resident)
     monkeypatch.setattr(misc, "memory", lambda: 10 * 64 * 4 - 1)
     assert dataset.resident(files, torch.device("cpu")) is files
 

@@ -4,6 +4,7 @@ import dist_util
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def test_half_an_environment_of_ranks_is_one_line(tmp_path, variables, named):
     lines = job.err().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: the environment has ") and named in lines[0], job.err()
     assert "torchrun" in lines[0] and "unset" in lines[0]
+
+
+def test_no_file_is_opened_in_the_place_of_a_closed_stderr(tmp_path):
+    """A daemon's: what is said there would be written into a checkpoint."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dist_util; f = open('x', 'w'); f.write(str(f.fileno()))"
+    command = f"cd {shlex.quote(str(tmp_path))} && exec {sys.executable} -c {shlex.quote(code)} 0<&- 1>&- 2>&-"
+    assert subprocess.run(["sh", "-c", command]).returncode == 0
+    assert int((tmp_path / "x").read_text()) == 3
 
 
 def test_half_an_environment_is_one_line_from_the_start(tmp_path, monkeypatch):

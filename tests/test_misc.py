@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     done = run("fid.py", "--mode", "ref", "--data_name", "digits", "--dest", tmp_path / "file" / "x.npz", expect=2)
     assert done.stderr.count("error: cannot write") == 1 and "statistics" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    files = [tmp_path / f".x.npz.{number}.tmp" for number in (gone.pid, os.getpid(), os.getppid(), 10**30)]
+    for path in [*files, tmp_path / ".mine.tmp"]:
+        path.write_text("half")
+    misc.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {files[2].name, ".mine.tmp"}
 
 
 def test_a_file_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch):

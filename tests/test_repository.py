@@ -454,13 +454,6 @@ def test_a_flow_map_of_an_earlier_version_keeps_its_grid():
         assert defaults.from_dict(json.loads(json.dumps(defaults.to_dict(config)))) == config
 
 
-@pytest.mark.parametrize("flags", [{"bsz": 1}, {"bsz": 2, "dsm_share": 0.8}, {"bsz": 4, "dsm_share": 0.8}, {"dsm_share": 1.0}])
-def test_each_loss_of_stage_2_needs_images(flags):
-    with pytest.raises(UserError, match="--dsm_share"):
-        defaults.resolve({"mode": "characteristic", **flags})
-    defaults.resolve({"mode": "characteristic", **flags, "dsm_weight": 0.0})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

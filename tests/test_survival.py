@@ -98,7 +98,13 @@ def test_a_run_killed_over_and_over_ends_as_if_it_had_been_left_alone(tmp_path, 
 
 @pytest.mark.parametrize(
     ("number", "ranks", "asked"),
-    [(signal.SIGTERM, 1, None), (signal.SIGINT, 1, None), (signal.SIGTERM, 2, None), (signal.SIGTERM, 2, [1])],
+    [
+        (signal.SIGTERM, 1, None),
+        (signal.SIGINT, 1, None),
+        (signal.SIGHUP, 1, None),
+        (signal.SIGTERM, 2, None),
+        (signal.SIGTERM, 2, [1]),
+    ],
 )
 def test_a_signal_ends_all_ranks_after_a_checkpoint_from_which_the_run_goes_on(tmp_path, number, ranks, asked):
     """Also if one rank alone is told, and not the first; and if Ctrl-C is pressed again and again."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -309,6 +310,19 @@ def test_a_folder_without_metrics_has_no_curves(tmp_path, drawn):
     write_lines(tmp_path, {"step": 1, "skipped": 1})
     workdir.draw_curves(tmp_path)
     assert drawn == []
+
+
+@pytest.mark.parametrize(
+    ("bsz", "global_bsz", "share", "fits"),
+    [(1, 8, 0.25, False), (2, 8, 0.8, False), (4, 16, 0.8, False), (8, 8, 1.0, False), (8, 8, 0.05, False)]
+    + [(8, 8, 0.9, True), (2, 8, 0.25, True), (4, 16, 0.7, True), (1, 8, 0.0, True)],
+)
+def test_each_loss_of_stage_2_needs_images(bsz, global_bsz, share, fits):
+    """In training alone: a model that is trained is read whatever it was trained with."""
+    flags = {"mode": "characteristic", "bsz": bsz, "global_bsz": global_bsz, "dsm_share": share}
+    with nullcontext() if fits else pytest.raises(UserError, match="--dsm_share"):
+        workdir.check_parts(defaults.resolve(flags))
+    workdir.check_parts(defaults.resolve({**flags, "dsm_weight": 0.0}))
 
 
 def test_what_may_be_a_slip_is_said_in_one_line_each(tmp_path):
