@@ -142,7 +142,7 @@ def test_ranks_tell_each_other_about_signals_with_one_message(monkeypatch, recei
         if number:
             rank.note(number, None)
     assert [rank.check() for rank in ranks] == [signal.SIGTERM if any(received) else None] * 2
-    assert [(votes.shape, votes.device.type) for votes in sent] == [((3,), "cpu")] * 2
+    assert [(votes.shape, votes.device.type) for votes in sent] == [((4,), "cpu")] * 2
 
 
 @pytest.mark.parametrize(("script", "ranks"), [("eval.py", 1), ("eval.py", 2), ("fid.py", 1)])
