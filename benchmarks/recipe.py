@@ -61,7 +61,8 @@ RUNS = {
         "times": (
             "times from a logistic normal distribution, not even",
             "",
-            "train.training_times = lambda n, of, source: torch.randn(n, generator=source).sigmoid().clamp(min=of.train_eps0)",
+            "train.training_times = lambda n, of, source: "
+            "torch.randn(n, generator=source, device=source.device).sigmoid().clamp(min=of.train_eps0)",
         ),
         "unweighted": ("the loss has weight 1 at all times", "", "sde.loss_weight = lambda t, sigma: torch.ones_like(t)"),
         "attention": ("attention at 7x7", "--attn_resolutions 7"),
