@@ -321,7 +321,7 @@ def edm_config(options, path):
 
 
 def find_weights(content, path):
-    """A checkpoint's content with `ema`, from what others save: averaged weights by another name, or the only ones there are."""
+    """A checkpoint's content with `ema`, from what others save: averaged weights by other names, or the only ones."""
     if isinstance(content, dict):
         for name in ("ema", "model_ema", "ema_model", "state_dict_ema", "params_ema", "state_dict", "model"):
             if isinstance(content.get(name), dict):
