@@ -297,8 +297,11 @@ def edm_config(options, path):
     """The Config of EDMPrecond's arguments; those left out have EDM's defaults.  Sampling as in its generate.py."""
     names = ("embedding_type", "channel_mult_noise", "resample_filter", "encoder_type")
     parts = [options.get(name, usual) for name, usual in zip(names, ("positional", 1, [1, 1], "standard"))]
-    encoders, known = ("standard", "residual"), network.ARCHITECTURES.items()
-    architecture = next((name for name, kind in known if [*kind[:2], list(kind[2]), encoders[kind[3]]] == parts), None)
+    kinds = {
+        name: [embedding, width, list(taps), "residual" if residual else "standard"]
+        for name, (embedding, width, taps, residual) in network.ARCHITECTURES.items()
+    }
+    architecture = next((name for name, kind in kinds.items() if kind == parts), None)
     if architecture is None or options.get("decoder_type", "standard") != "standard":
         found = ", ".join(f"{name} {value}" for name, value in zip(names, parts))
         raise UserError(f"{path} holds a network that is neither DDPM++ nor NCSN++: {found}")

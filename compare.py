@@ -111,9 +111,8 @@ def main():
     with dist_util.session() as device:
         if dist_util.world_size() > 1:
             raise UserError("compare.py runs with python, not with torchrun; torchrun eval.py can make --images")
-        models = {}
+        models, of_its_ode = {}, (*generator.OF_DENOISERS, "time_grid", "rho")  # a flow map is drawn on even times
         for mode in ("denoiser", "characteristic"):
-            of_its_ode = (*generator.OF_DENOISERS, "time_grid", "rho")  # a flow map's evaluations are on even times
             takes = {k: v for k, v in flags.items() if mode == "denoiser" or k not in of_its_ode}
             models[mode] = generator.load_model(getattr(run, mode), takes, device)
             if models[mode].config.task.mode != mode:

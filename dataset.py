@@ -363,9 +363,9 @@ def load_folder(data, download):
     if data.split == "test" and not split:
         raise UserError(f"--split test: {path.absolute()} must hold the folders train/ and test/")
     found = _files(path / data.split if split else path, data, "the images")
-    parts = sorted(name for name in found.class_names if name.lower() in SPLITS)
-    if not split and len(parts) > 1:
-        held = f"{path.absolute()} holds {' and '.join(parts)}, parts of a data set"
+    named = sorted(name for name in found.class_names if name.lower() in SPLITS)
+    if not split and len(named) > 1:
+        held = f"{path.absolute()} holds {' and '.join(named)}, parts of a data set"
         raise UserError(f"{held}: call them train/ and test/ in a folder, or name one of them with --data_path")
     return found
 

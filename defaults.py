@@ -236,19 +236,23 @@ TRAIN_COLUMNS = (
 # the presets' of 64.
 FOLDER_PRESETS = {
     # image_size: width  mult       blocks  attention  dropout  global_bsz  bsz  lr    bank_size
-    8:           (32,    (1, 2),    1,      (4,),      0.0,     128,        128, 4e-3, 2048,
-    # of stages 1 and 2: steps          warm-up     samples       dump
-                         (600, 500),    (100, 50),  (300, 250),   (600, 500)),
-    16:          (32,    (1, 2),    2,      (8,),      0.0,     128,        128, 2e-3, 4096,
-                         (4000, 2000),  (500, 200), (1000, 500),  (1000, 500)),
-    32:          (32,    (1, 2, 4), 2,      (),        0.0,     128,        64,  2e-3, 4096,
-                         (20000, 5000), (500, 200), (2000, 1000), (2000, 1000)),
+    8:           (32,    (1, 2),    1,      (4,),      0.0,     128,        128, 4e-3, 2048),
+    16:          (32,    (1, 2),    2,      (8,),      0.0,     128,        128, 2e-3, 4096),
+    32:          (32,    (1, 2, 4), 2,      (),        0.0,     128,        64,  2e-3, 4096),
 }  # fmt: skip
-OF_STAGES = ("train_steps", "lr_rampup_steps", "sampling_freq", "dump_freq")
 FOLDER_COLUMNS = (
     "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "global_bsz", "bsz", "lr", "bank_size",
-    *OF_STAGES,
 )  # fmt: skip
+FOLDER_RUNS = {
+    # image_size, mode         steps  warm-up samples dump
+    (8,  "denoiser"):         (600,   100,    300,    600),
+    (8,  "characteristic"):   (500,   50,     250,    500),
+    (16, "denoiser"):         (4000,  500,    1000,   1000),
+    (16, "characteristic"):   (2000,  200,    500,    500),
+    (32, "denoiser"):         (20000, 500,    2000,   2000),
+    (32, "characteristic"):   (5000,  200,    1000,   1000),
+}  # fmt: skip
+RUN_COLUMNS = ("train_steps", "lr_rampup_steps", "sampling_freq", "dump_freq")
 
 # What is best on the digits and on MNIST (docs/mnist.md, docs/speed.md), where no recipe of the reference's is to be kept.
 OURS = {"ode_solver": "dpm", "time_grid": "cosine", "grid_spacing": "cosine", "teacher_solver": "dpm"}
@@ -264,14 +268,14 @@ def preset(data_name, mode, image_size=64):
     """{setting: value} that `--data_name` and `--mode` choose, and for folder the size of the images."""
     choose("data_name", data_name, DATA_PRESETS)
     choose("mode", mode, MODES)
-    rows = [row for size, row in FOLDER_PRESETS.items() if data_name == "folder" and image_size <= size]
-    by_size = dict(zip(FOLDER_COLUMNS, rows[0])) if rows else {}
+    size = next((size for size in FOLDER_PRESETS if data_name == "folder" and image_size <= size), None)
+    by_size = [*zip(FOLDER_COLUMNS, FOLDER_PRESETS[size]), *zip(RUN_COLUMNS, FOLDER_RUNS[size, mode])] if size else ()
     return {
         **dict(zip(DATA_COLUMNS, DATA_PRESETS[data_name])),
         **dict(zip(TRAIN_COLUMNS, TRAIN_PRESETS[data_name, mode])),
         **OTHER_PRESETS.get(data_name, {}),
         **({"num_steps": 1, "time_grid": "t"} if mode == "characteristic" else {}),  # how a flow map samples
-        **{name: value[MODES.index(mode)] if name in OF_STAGES else value for name, value in by_size.items()},
+        **dict(by_size),
     }
 
 

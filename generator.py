@@ -404,7 +404,7 @@ def read_latents(path):
             labels = torch.from_numpy(archive["labels"]) if "labels" in archive else None
             metadata = json.loads(str(archive["metadata"]))
         dataset.check_record(metadata)
-        metadata["config"]["sampling"]["eval_eps1"] + 0.0
+        metadata["config"]["sampling"]["eval_eps1"] + 0.0  # TypeError unless it is a number, and these are strings
         "".join(metadata["config"].get("data", {}).get("class_names", ()))
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape != latents.shape:
             raise ValueError("images of another kind")

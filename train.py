@@ -228,7 +228,7 @@ class Trajectory(Distillation):
             found[name] = dist_util.sum_over_ranks(total).item() / self.config.train.global_bsz
         return found
 
-    def draw(self, n, source):
+    def draw_pairs(self, n, source):
         """(n,) indices k < l of times, and slots and places of solutions in the bank."""
         ends = len(self.ts)
         pair = torch.multinomial(self.pairs, n, replacement=True, generator=source)
@@ -238,8 +238,9 @@ class Trajectory(Distillation):
     def __call__(self, x0, label, source, offset=0):
         train, net, share = self.config.train, self.config.network, self.dsm_share
         n_dsm = workdir.stage_1_images(share, offset, len(x0))
-        n, all_dsm, parts = len(x0) - n_dsm, round(train.global_bsz * share), train.global_bsz / len(x0)
-        k, l, slot, which = self.draw(n, source)
+        all_dsm = workdir.stage_1_images(share, 0, train.global_bsz)
+        n, parts = len(x0) - n_dsm, train.global_bsz / len(x0)
+        k, l, slot, which = self.draw_pairs(n, source)
         states = self.bank.states[slot, torch.stack([k, l]), which].to(x0.dtype)
         x0 = x0[:n_dsm]
         t, z = training_times(n_dsm, train, source), normal(x0, source)
@@ -462,8 +463,9 @@ class Training:
             score = Score(run, config, self.images.shape, device)
             self.scores.append((config.train.fid_freq, score.name, score))
         distance = make_distance(run, config, device) if plan.teacher else None
-        sections = {name: section for name, section in defaults.to_dict(config).items() if plan.teacher or name != "distil"}
-        for name, section in sections.items():
+        for name, section in defaults.to_dict(config).items():
+            if name == "distil" and not plan.teacher:
+                continue
             shown = {key: value for key, value in section.items() if key not in ("class_names", "class_counts")}
             misc.log(f"{name:8}  " + "  ".join(f"{key}={json.dumps(value)}" for key, value in shown.items()))
         self.config, self.folder, self.keep, self.start = config, plan.workdir, run.keep, plan.start

@@ -97,7 +97,7 @@ class Study:
         data = dataset.load(defaults.resolve({"data_name": "mnist", "data_path": options.data_path}).data)
         self.extract = fid.load_features("pixels", device)
         self.reference = fid.measure(data, self.extract)
-        self.made_of = [misc.tensor_hash(data.images), *([misc.file_hash(options.teacher)] if options.teacher else [])]
+        self.made_of = [data.fingerprint(), *([misc.file_hash(options.teacher)] if options.teacher else [])]
 
     def train(self, folder, flags, steps, change=None):
         """Minutes that train.py took, with a line of Python to run first."""

@@ -201,17 +201,21 @@ def write_in(additions):
 
 
 ADDITIONS = {
-    # heading: (modules in which its blocks are written, one after the other, the flag that knows it then, its name)
-    "Add a solver": (["sde"], ["--teacher_solver", "midpoint"]),
-    "Add a distance": (["sde"], ["--loss_norm", "l1"]),
-    "Add an objective of stage 2": (["train"], ["--objective", "one_step"]),
-    "Add a data set": (["dataset", "defaults"], ["--data_name", "shapes"]),
+    # heading: (modules in which its blocks are written, one after the other; the flag that knows it then, its name; the others)
+    "Add a solver": (["sde"], ["--teacher_solver", "midpoint"], "it must be one of euler, heun, deis, dpm, edm"),
+    "Add a distance": (["sde"], ["--loss_norm", "l1"], "it must be one of l2, huber, lpips"),
+    "Add an objective of stage 2": (["train"], ["--objective", "one_step"], "it must be one of trajectory, semigroup"),
+    "Add a data set": (
+        ["dataset", "defaults"],
+        ["--data_name", "shapes"],
+        "choose from 'digits', 'mnist', 'cifar', 'afhq', 'folder'",
+    ),
 }
 
 
 @pytest.mark.parametrize("heading", ADDITIONS)
 def test_what_contributing_adds_works(heading, models, tmp_path):
-    modules, flag = ADDITIONS[heading]
+    modules, flag, others = ADDITIONS[heading]
     blocks = python_blocks(section("CONTRIBUTING.md", heading))
     assert len(blocks) == len(modules)
     command = [*SHORT_STAGE_2, "--teacher", models / "ode" / "latest.pth"]
@@ -228,7 +232,7 @@ def test_what_contributing_adds_works(heading, models, tmp_path):
     assert last["distance" if "--teacher" in command else "loss"] > 0
     job = Job(tmp_path / "without", *command, *flag, "--workdir", tmp_path / "new")  # the name is known by that alone
     lines = job.wait() == [2] and job.err().splitlines()
-    assert lines and lines[-1].startswith("error: ") and all(word in lines[-1] for word in flag), job.err()
+    assert lines and lines[-1].startswith("error: ") and all(word in lines[-1] for word in (*flag, others)), job.err()
     assert not (tmp_path / "new").exists()
 
 
