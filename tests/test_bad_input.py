@@ -1,7 +1,5 @@
 """Bad input of every kind: one line that says what is wrong, exit status 2, nothing written; on one rank and on two."""
 
-import dist_util
-
 import json
 import os
 import pickle
@@ -18,7 +16,7 @@ import torch
 from PIL import Image
 
 from conftest import SHORT_STAGE_1, SHORT_STAGE_2, TINY_NETWORK, launch
-from processes import Job
+from processes import Job, impatient
 from test_edm import small as edm
 
 TINY = " ".join(TINY_NETWORK)
@@ -598,11 +596,6 @@ CASES = [
     (latents(), f"{ROW} --trajectory --columns 3", "--columns is not for --trajectory"),
     (latents(), f"{ROW} --latents x", "--latents is for --interpolate"),
 ]  # fmt: skip
-
-
-def impatient():
-    """Ranks other than the first give it time to speak before torchrun ends them all; here nobody does."""
-    dist_util.time.sleep = lambda seconds: None
 
 
 def listing(folder):
