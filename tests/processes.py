@@ -89,7 +89,7 @@ def _child(argv, cwd, environment, output, fault, prepare):
 
 
 def _context():
-    """The forkserver, which imports the scripts when it starts."""
+    """The forkserver, which imports the scripts when it starts, and conftest for the tests' functions (`prepare`)."""
     context = multiprocessing.get_context("forkserver")
     if not hasattr(_context, "started"):
         before = dict(os.environ)

@@ -160,7 +160,7 @@ def test_dropout_zeroes_its_share_keeps_the_mean_and_is_seeded():
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), pytest.param("bf16", 0.05, marks=pytest.mark.slow)])
 def test_compiled_network_computes_the_same_and_keeps_its_names(precision, tolerance):
-    small = {"channel_mult": (1,), "attn_resolutions": ()}  # compiling takes half a minute
+    small = {"channel_mult": (1,), "attn_resolutions": ()}  # compiling takes up to a minute
     plain, compiled = tiny(two_times=True, **small), tiny(two_times=True, **small)
     shake(plain)
     compiled.load_state_dict(plain.state_dict())
