@@ -135,7 +135,7 @@ class Distillation(Objective):
         self.gradients, before, now = gradients, self.ratio, sde.adaptive_weight(*gradients)
         if offset >= train.global_bsz - a_round:  # the last round; a step that is not finite is skipped and leaves no trace
             finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-            self.ratio = now if before is None else torch.where(finite, now, before)
+            self.ratio = torch.where(finite, now, before) if before is not None else now if finite else None
         return now if before is None or a_round == train.global_bsz else before
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import generator
 import train
 import workdir
 from conftest import (
@@ -485,6 +486,26 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, step, error):
     for path in checkpoint.checkpoints(tmp_path / "run"):
         assert all(v.isfinite().all() for part in ("model", "ema") for v in checkpoint.read(path)[part].values())
     assert checkpoint.latest_checkpoint(tmp_path / "run").name == "DDPMpp-000006.pth"
+
+
+def spoil():
+    """Make the last rank's images for a score infinite, in its first batch."""
+    real = generator.solve
+
+    def spoiling(trained, seeds, *arguments):
+        last = dist_util.rank() == dist_util.world_size() - 1 and list(seeds) == [1, 3]
+        yield from (x / 0 if last else x for x in real(trained, seeds, *arguments))
+
+    generator.solve = spoiling
+
+
+def test_images_of_one_rank_that_are_not_finite_end_a_score_on_all_with_one_line(tmp_path):
+    reference = tmp_path / "digits.npz"
+    assert Job(tmp_path / "log", "fid.py", "--mode", "ref", "--data_name", "digits", "--dest", reference).wait() == [0]
+    scoring = ["--ref_path", reference, "--fid_freq", "2", "--fid_num", "16", "--eval_bsz", "2", "--num_steps", "3"]
+    run = [*STAGE_1, *scoring, "--bsz", "4", "--workdir", tmp_path / "run"]
+    job = Job(tmp_path / "log", *run, ranks=2, prepare=spoil)
+    assert job.wait() == [2, 2] and job.err().count("makes images that are not finite") == 1, job.err()
 
 
 # ---------------------------------------------------------------------------------------------------- work that goes on

@@ -373,6 +373,22 @@ def test_a_step_that_is_not_finite_leaves_the_adaptive_weight_as_it_was(which, f
     assert (objective.ratio == before) == (factor != 0)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_first_step_that_is_not_finite_leaves_no_adaptive_weight(which):
+    """The next step then takes its own, as a first one does."""
+    teacher = tiny_teacher()
+    student, config = student_of(teacher, bank_size=8, bsz=4, global_bsz=8, dsm_weight=1.0)
+    objective, fresh = (objective_of(teacher, student, config) for _ in range(2))
+    for place, seed in ((0, 2), (4, 3)):
+        losses = list(losses_of(student, seed))
+        losses[which] = losses[which] * float("inf")
+        objective.combine(*losses, place)
+    for place, seed in ((0, 0), (4, 1)):
+        found, expected = (each.combine(*losses_of(student, seed), place)[1]["weight"] for each in (objective, fresh))
+        assert found == expected and found.isfinite()
+    assert objective.ratio == fresh.ratio
+
+
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
