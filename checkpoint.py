@@ -263,15 +263,16 @@ def read_edm(path):
             content = _Unpickler(file).load()
         net, state = content["ema"], content["ema"].state
         options = dict(state["_init_kwargs"])
+        kind, model = net.class_name, options.get("model_type", "DhariwalUNet")
+        held = f"{kind} of a {model}"  # some values have no text
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
     except _Refused as error:
         raise UserError(f"{path} is a pickle that is not loaded: {error}") from error
     except Exception as error:  # whatever the unpickler meets in a damaged or hostile file
         raise UserError(f"{path} is a pickle, but damaged or without one of EDM's networks as 'ema'") from error
-    kind, model = net.class_name, options.get("model_type", "DhariwalUNet")
     if kind != "EDMPrecond" or model != "SongUNet":
-        raise UserError(f"{path} holds a {kind} of a {model}: of EDM's networks, EDMPrecond of SongUNet is supported")
+        raise UserError(f"{path} holds a {held}: of EDM's networks, EDMPrecond of SongUNet is supported")
     config = edm_config(options, path)
     try:
         weights = {name: value for name, value in _tensors(state["_modules"]["model"]) if not name.startswith("map_augment")}
@@ -302,15 +303,15 @@ def edm_config(options, path):
         for name, (embedding, width, taps, residual) in network.ARCHITECTURES.items()
     }
     architecture = next((name for name, kind in kinds.items() if kind == parts), None)
-    if architecture is None or options.get("decoder_type", "standard") != "standard":
-        found = ", ".join(f"{name} {value}" for name, value in zip(names, parts))
-        raise UserError(f"{path} holds a network that is neither DDPM++ nor NCSN++: {found}")
     usual = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "channel_mult_emb": 4, "num_blocks": 4}
     usual |= {"attn_resolutions": [16], "dropout": 0.1, "label_dim": 0, "label_dropout": 0.0, "sigma_data": 0.5}
     found = {name: options.get(name, value) for name, value in usual.items()}
     found |= {"image_size": options.get("img_resolution"), "image_channels": options.get("img_channels")}
     found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     try:
+        if architecture is None or options.get("decoder_type", "standard") != "standard":
+            told = ", ".join(f"{name} {value}" for name, value in zip(names, parts))
+            raise ValueError(f"it is neither DDPM++ nor NCSN++: {told}")
         low, high = max(options.get("sigma_min", 0), 0.002), min(options.get("sigma_max", math.inf), 80.0)
         if not low < high:
             raise ValueError(f"sigma_min {low} and sigma_max {high}")
@@ -340,7 +341,9 @@ def find_weights(content, path):
 def is_finite(x):
     """Whether a value of a checkpoint is a tensor of finite floating-point numbers, dense and on the CPU."""
     dense = isinstance(x, torch.Tensor) and x.layout is torch.strided and x.device.type == "cpu" and not x.is_nested
-    return dense and x.is_floating_point() and bool(x.float().isfinite().all())
+    with suppress(RuntimeError):  # of four bits, which torch does not convert
+        return dense and x.is_floating_point() and bool(x.float().isfinite().all())
+    return False
 
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # what DataParallel, compile and others put before every name
@@ -362,7 +365,7 @@ def load_weights(net, state, path):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             wrong.append(f"{', '.join(map(str, names[:3]))}{more} {what(names[0])}")
 
-    shapes = {k: tuple(getattr(state[k], "shape", ())) for k in own if k in state}
+    shapes = {k: () if getattr(state[k], "is_nested", True) else tuple(state[k].shape) for k in own if k in state}
     fit = [k for k in shapes if shapes[k] == own[k].shape]
     differ([k for k in own if k not in state], lambda _: "is missing")
     differ([k for k in state if k not in own], lambda _: "is unknown")

@@ -89,6 +89,7 @@ def _in_folder(folder):
         if os.path.realpath(place) in seen:  # links may lead back
             folders.clear()
             continue
+        folders.sort()  # of two links to one folder the first counts
         seen.add(os.path.realpath(place))
         inside = [*files, *(f"{name}/" for name in folders)]
         names += [os.path.join(place, name).removeprefix(root).replace(os.sep, "/") for name in inside]
@@ -353,12 +354,14 @@ def load_folder(data, download):
     """
     path, parts = Path(data.data_path), set()
     with suppress(OSError):  # ImageFiles says what is wrong then
-        parts = {place.name for place in path.iterdir() if place.is_dir() and not place.name.startswith((".", "__MACOSX"))}
-    split = {"train", "test"} <= parts
-    others = sorted(parts - {"train", "test", "val"})
+        visible = [place for place in path.iterdir() if not place.name.startswith((".", "__MACOSX"))]
+        parts = {f"{place.name}/" for place in visible if place.is_dir()}
+        parts |= {place.name for place in visible if place.name.lower().endswith(SUFFIXES)}
+    split = {"train/", "test/"} <= parts
+    others = sorted(parts - {"train/", "test/", "val/"})
     if split and others:
         raise UserError(
-            f"{path.absolute()} holds train/, test/ and {others[0]}/: --data_path names one of them, or move that away"
+            f"{path.absolute()} holds train/, test/ and {others[0]}: --data_path names one of them, or move that away"
         )
     if data.split == "test" and not split:
         raise UserError(f"--split test: {path.absolute()} must hold the folders train/ and test/")
@@ -545,6 +548,8 @@ def open_images(path, labels=False):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     path, made_by = Path(path), {}
     if os.path.exists(path / "images.npz"):  # of eval.py --format npz; False where one may not look
+        if picture := next((name for name in os.listdir(path) if name.lower().endswith(SUFFIXES)), None):
+            raise UserError(f"{path} holds images.npz and {picture}: give {path / 'images.npz'}, or move that away")
         path /= "images.npz"
     images = load_array(path) if path.suffix == ".npz" else ImageFiles(path, labels=labels)
     record = path.with_name("eval.json") if path.name == "images.npz" else path / "eval.json"

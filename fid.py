@@ -185,6 +185,8 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
 
     total, outer, kept = dist_util.agree(add_up)
     total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
+    if not outer.isfinite().all():
+        raise UserError(f"the features {extract.metadata['features']} are not finite: are its weights damaged?")
     # In place: it may be large.  For pixels the numerator is exact while its integers stay below 2^53, up to 370,000 images.
     sigma = outer.mul_(n).addr_(total, total, alpha=-1).div_(n * (n - 1) * extract.unit**2)
     features = dist_util.gather_rows(kept) if keep else None
@@ -245,7 +247,8 @@ def read_statistics(path, features=False):
 def check_statistics(mu, sigma, kept, path):
     """UserError unless statistics are finite, sigma is a covariance, and the features kept, if any, go with them."""
     matching = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
-    if not (matching and np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    small = all((np.abs(x) < 1e50).all() for x in (mu, sigma))  # so that scores are finite; not of NaN
+    if not (matching and small):
         raise UserError(f"{path} does not hold finite statistics: mu {mu.shape}, sigma {sigma.shape}")
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
         raise UserError(f"{path} does not hold a covariance: sigma is not symmetric")

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -355,11 +356,11 @@ class Bank:
                     file.truncate(nbytes)
                     if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash when it is written to
                         os.posix_fallocate(file.fileno(), 0, nbytes)
-                kept = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-            except (OSError, RuntimeError) as error:
+                kept = torch.from_numpy(np.memmap(path, str(dtype).removeprefix("torch."), shape=size))
+            except OSError as error:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
-                what, why = f"the bank of {nbytes / 2**30:.1f} GiB", getattr(error, "strerror", error)
+                what, why = f"the bank of {nbytes / 2**30:.3g} GiB", error.strerror
                 raise UserError(f"cannot keep {what} in {folder}: {why}; free some space, or lower --bank_size") from error
             with suppress(Exception):  # there is none, or it is damaged: all is computed again
                 found = json.loads(self.record.read_text())

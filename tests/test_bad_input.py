@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -29,6 +30,12 @@ RUN, FLOW = (" ".join(command) for command in (SHORT_STAGE_1, SHORT_STAGE_2))
 class Hostile:
     def __reduce__(self):
         return (open, ("executed", "w"))
+
+
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in prototype stage"
+        return torch.nested.nested_tensor([torch.zeros(2)])
 
 
 def copy(*names):
@@ -371,6 +378,8 @@ CASES = [
     (checkpoint(set_key("ema", BIAS, torch.full((1,), float("nan")))), EVAL, f"{BIAS} is not finite"),
     (checkpoint(set_key("ema", BIAS, torch.zeros(1, dtype=torch.long))), EVAL, f"{BIAS} is not finite, or not of floating"),
     (checkpoint(set_key("ema", BIAS, "text")), EVAL, f"{BIAS} is (), not (1,)"),
+    (checkpoint(set_key("ema", BIAS, torch.zeros(1, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))), EVAL, "is not finite"),
+    (checkpoint(set_key("ema", BIAS, nested())), EVAL, f"{BIAS} is (), not (1,)"),
     (checkpoint(set_key("config", "network", "model_channels", 16)), EVAL, "does not fit this network"),
     (checkpoint(set_key("config", "network", "model_channels", "8")), EVAL, "is '8' in the configuration"),
     (checkpoint(set_key("config", "network", "surplus", 1)), EVAL, "unknown setting 'network.surplus'"),
@@ -396,7 +405,9 @@ CASES = [
     (pickled(class_name="iDDPMPrecond"), PICKLE, "x.pkl holds a iDDPMPrecond"),
     (pickled(model_type="DhariwalUNet"), PICKLE, "x.pkl holds a EDMPrecond of a DhariwalUNet"),
     (pickled(class_name="Precond", model_type=None), PICKLE, "x.pkl holds a Precond"),
-    (pickled(encoder_type="skip"), PICKLE, "neither DDPM++ nor NCSN++"),
+    (pickled(encoder_type="skip"), PICKLE, "x.pkl holds a network that does not fit: it is neither DDPM++ nor NCSN++"),
+    (pickled(encoder_type=10**5000), PICKLE, "x.pkl holds a network that does not fit"),
+    (pickled(model_type=10**5000), PICKLE, "x.pkl is a pickle, but damaged"),
     (pickled(label_dim="ten"), PICKLE, "x.pkl holds a network that does not fit"),
     (pickled(model_channels=16), PICKLE, "x.pkl does not fit this network"),
     (pickled(), f"{PICKLE} --data_name cifar", "image_size"),
@@ -446,6 +457,9 @@ CASES = [
     (copy("ode"), f"{RUN} --workdir ode --train_steps 9 --init gone.pth", "ode/DDPMpp-000004.pth did not begin with --init"),
     (both(put("x/train/a.png", png()), put("x/test/a.png", png()), put("x/more/a.png", png())),
      DATA.replace("x.zip", "x"), "holds train/, test/ and more/"),
+    (both(put("x/train/a.png", png()), put("x/test/a.png", png()), put("x/a.png", png())),
+     DATA.replace("x.zip", "x"), "holds train/, test/ and a.png: --data_path names one of them"),
+    (both(put("x/images.npz", ""), put("x/a.PNG", png())), f"{GEN} x", "x holds images.npz and a.PNG: give x/images.npz"),
     (both(put("x/train/a.png", png()), put("x/test/a.png", png())), DATA.replace("x.zip", "x").replace(" out", " x/test/out"),
      "--workdir x/test/out lies in --data_path"),
     (zipped(**{"train/a.png": png(), "test/a.png": png()}), DATA, "holds test and train, parts of a data set"),
@@ -527,6 +541,7 @@ CASES = [
     (both(statistics(), array_bomb("mu")), NPZ, "not a statistics file"),
     (statistics(mu=np.array([0, np.nan]), sigma=np.eye(2)), NPZ, "does not hold finite statistics"),
     (statistics(mu=np.zeros(2), sigma=np.full((2, 2), np.inf)), NPZ, "does not hold finite statistics"),
+    (statistics(mu=np.full(2, 1e200), sigma=np.eye(2)), NPZ, "does not hold finite statistics"),
     (statistics(mu=np.zeros(2), sigma=-np.eye(2)), NPZ, "sigma has negative eigenvalues"),
     (statistics(mu=np.array([Hostile()], dtype=object), sigma=np.eye(1)), NPZ, "not a statistics file"),
     (statistics(mu=np.zeros(3), sigma=np.eye(3)), NPZ, "the reference has 2 features and the images 3"),

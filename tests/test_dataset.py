@@ -75,6 +75,23 @@ def test_a_link_that_leads_back_does_not_repeat_images(tmp_path):
     assert len(dataset.ImageFiles(tmp_path / "a")) == 4
 
 
+def test_of_a_folder_and_a_link_to_it_the_first_name_counts(tmp_path, monkeypatch):
+    """In whatever order the file system lists them."""
+    write_folder(tmp_path / "x" / "b", images(4))
+    (tmp_path / "x" / "a").symlink_to(tmp_path / "x" / "b")
+    real = os.walk
+
+    def backwards(*args, **options):
+        for place, folders, files in real(*args, **options):
+            folders.sort(reverse=True)
+            yield place, folders, files
+
+    for walk in (real, backwards):
+        monkeypatch.setattr(os, "walk", walk)
+        found = dataset.ImageFiles(tmp_path / "x")
+        assert [name[0] for name in found.names] == ["a"] * 4
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [

@@ -107,6 +107,13 @@ def test_inception_scores_do_not_depend_on_the_ranks_and_are_finite_for_few_imag
     assert float(done.stdout) == pytest.approx(fid.frechet_distance(one, other), rel=1e-3)
 
 
+def test_features_that_are_not_finite_are_an_error(weights):
+    damaged = fid.Inception(CPU, weights["inception"], "")
+    next(damaged.network.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the features inception are not finite"):
+        fid.measure(in_memory(golden_images("one", (3, 3, 32, 32))), damaged)
+
+
 def test_foreign_weights_are_refused(weights, tmp_path):
     with pytest.raises(UserError, match="does not hold the weights of FID's InceptionV3.*Conv2d_1a"):
         fid.Inception(CPU, weights["vgg"], "")

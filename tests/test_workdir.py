@@ -3,6 +3,7 @@
 from dist_util import UserError
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -362,6 +363,13 @@ def test_the_bank_is_computed_again_where_its_record_is_damaged_and_takes_nobody
         (tmp_path / "bank-0.json").write_text(content)
         bank = workdir.Bank(tmp_path, {}, 2, shape, torch.float32, cpu)
         assert not bank.holds(0, 0)
+    odd = tmp_path / os.fsdecode(b"w\xe9")  # a name that is not UTF-8
+    odd.mkdir()
+    with workdir.Bank(odd, {}, 2, shape, torch.float16, cpu).writing(1, 5) as slot:
+        slot.fill_(3)
+    again = workdir.Bank(odd, {}, 2, shape, torch.float16, cpu)
+    assert again.holds(1, 5) and (again.states[1] == 3).all()
+    shutil.rmtree(odd)
     (tmp_path / "bank-notes.txt").write_text("mine")
     (tmp_path / "bank-1.bin").mkdir()
     workdir.remove_banks(tmp_path)
