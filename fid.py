@@ -185,7 +185,7 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
 
     total, outer, kept = dist_util.agree(add_up)
     total, outer = (dist_util.sum_over_ranks(x).cpu() for x in (total, outer))
-    if not outer.isfinite().all():
+    if not total.isfinite().all():
         raise UserError(f"the features {extract.metadata['features']} are not finite: are its weights damaged?")
     # In place: it may be large.  For pixels the numerator is exact while its integers stay below 2^53, up to 370,000 images.
     sigma = outer.mul_(n).addr_(total, total, alpha=-1).div_(n * (n - 1) * extract.unit**2)
