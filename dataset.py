@@ -78,6 +78,16 @@ def decode(data, upright=False):
     return image if image.mode == mode else image.convert(mode)
 
 
+def _is_image(name):
+    """By its ending alone."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def _is_visible(name):
+    """Whether a file or folder is neither hidden nor what macOS puts beside."""
+    return not name.startswith((".", "__MACOSX"))
+
+
 def _in_folder(folder):
     """The names of all files and folders below a folder, links followed; those of folders end with /, as in a zip."""
 
@@ -129,9 +139,9 @@ class ImageFiles:
             raise UserError(f"{self.path} is neither a folder nor a zip of images: {error}") from error
         except Exception as error:  # OSError, and whatever a damaged zip runs into
             raise UserError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from error
-        visible = [n for n in sorted(found) if not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))]
+        visible = [n for n in sorted(found) if all(map(_is_visible, n.split("/")))]
         files = [n for n in visible if not n.endswith("/")]
-        self.names = [n for n in files if n.lower().endswith(SUFFIXES)]
+        self.names = [n for n in files if _is_image(n)]
         others = sorted({n for n in files if n.split("/")[-1] not in ("eval.json", "dataset.json")} - set(self.names))
         if not self.names:
             beside = f" (among {len(others)} files, such as {others[0]})" if others else ""
@@ -354,9 +364,9 @@ def load_folder(data, download):
     """
     path, parts = Path(data.data_path), set()
     with suppress(OSError):  # ImageFiles says what is wrong then
-        visible = [place for place in path.iterdir() if not place.name.startswith((".", "__MACOSX"))]
+        visible = [place for place in path.iterdir() if _is_visible(place.name)]
         parts = {f"{place.name}/" for place in visible if place.is_dir()}
-        parts |= {place.name for place in visible if place.name.lower().endswith(SUFFIXES)}
+        parts |= {place.name for place in visible if _is_image(place.name)}
     split = {"train/", "test/"} <= parts
     others = sorted(parts - {"train/", "test/", "val/"})
     if split and others:
@@ -548,7 +558,7 @@ def open_images(path, labels=False):
     """(set of images, metadata) of a folder, zip or npz; metadata["made_by"] is eval.py's record beside them, or empty."""
     path, made_by = Path(path), {}
     if os.path.exists(path / "images.npz"):  # of eval.py --format npz; False where one may not look
-        if picture := next((name for name in os.listdir(path) if name.lower().endswith(SUFFIXES)), None):
+        if picture := next((name for name in os.listdir(path) if _is_visible(name) and _is_image(name)), None):
             raise UserError(f"{path} holds images.npz and {picture}: give {path / 'images.npz'}, or move that away")
         path /= "images.npz"
     images = load_array(path) if path.suffix == ".npz" else ImageFiles(path, labels=labels)

@@ -94,7 +94,7 @@ def prepare(workdir, trained, form, seeds, given=None):
     misc.check_folder(workdir, "workdir")
     record, path = trained.record(seeds, given), workdir / "eval.json"
     misc.remove_leftovers(workdir)
-    array, pictures = workdir / "images.npz", any(workdir.glob("*.png"))
+    array, pictures = workdir / "images.npz", any(workdir.glob("[!.]*.png"))
     held = {name for name, there in (("png", pictures), ("npz", array.is_file())) if there}
     if held - {form}:
         raise UserError(f"--workdir {workdir} holds images in the other --format: choose another folder")

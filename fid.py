@@ -164,23 +164,17 @@ def measure(source, extract, made=None, count=None, seed=0, keep=False, num_work
         drawn = isinstance(source, generator.Generated)  # in the batches of eval.py, for the same rounding
         size = source.trained.config.sampling.eval_bsz if drawn else BATCH
         batches = (mine[i : i + size] for i in range(0, len(mine), size))
-        error = None
-        try:
-            with misc.progress(len(mine), "sampling" if drawn else "statistics") as bar:
-                for images, _ in dataset.read_ahead(source, batches, 0 if drawn else num_workers):
-                    for part in images.split(BATCH):
-                        features = extract(part)
-                        rows = features.float() if features.dtype == torch.uint8 else features.double()
-                        total += rows.sum(0)
-                        outer += rows.T @ rows
-                        kept += [(features.float() / extract.unit).cpu()] if keep else []
-                    bar.update(len(images))
-        except UserError as refusal:  # of images that are not finite: the other ranks still poll
-            error = refusal
-        while drawn and source.poll and source.poll(busy=False):  # until the ranks with more batches have theirs
-            pass
-        if error:
-            raise error
+        with misc.progress(len(mine), "sampling" if drawn else "statistics") as bar:
+            for images, _ in dataset.read_ahead(source, batches, 0 if drawn else num_workers):
+                for part in images.split(BATCH):
+                    features = extract(part)
+                    rows = features.float() if features.dtype == torch.uint8 else features.double()
+                    total += rows.sum(0)
+                    outer += rows.T @ rows
+                    kept += [(features.float() / extract.unit).cpu()] if keep else []
+                bar.update(len(images))
+        if drawn:
+            source.await_others()
         return total, outer, torch.cat(kept)
 
     total, outer, kept = dist_util.agree(add_up)

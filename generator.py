@@ -481,5 +481,11 @@ class Generated:
             if self.poll:
                 self.poll()
         if not x.isfinite().all():
+            self.await_others()
             raise UserError(f"{self.trained.path or 'the model'} makes images that are not finite: its weights are no good")
         return dataset.to_uint8(x, self.trained.config.data.centered), torch.zeros(len(indices), dtype=torch.long)
+
+    def await_others(self):
+        """Poll until no rank has a step left, so that one with fewer batches, or with bad images, leaves with the rest."""
+        while self.poll and self.poll(busy=False):
+            pass

@@ -135,7 +135,10 @@ class Distillation(Objective):
         self.gradients, before, now = gradients, self.ratio, sde.adaptive_weight(*gradients)
         if offset >= train.global_bsz - a_round:  # the last round; a step that is not finite is skipped and leaves no trace
             finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-            self.ratio = torch.where(finite, now, before) if before is not None else now if finite else None
+            if before is not None:
+                self.ratio = torch.where(finite, now, before)
+            elif finite:
+                self.ratio = now
         return now if before is None or a_round == train.global_bsz else before
 
 
